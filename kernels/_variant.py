@@ -1,0 +1,18 @@
+"""One configuration in which a kernel can be launched: what ahead-of-time compilation builds and inspects."""
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Variant:
+    """`signature` maps every argument to "*bf16", "i32", ... or "constexpr"; `constexprs` holds the latter's values."""
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    num_warps: int = 4
+    num_stages: int = 2
+    options: dict[str, Any] = field(default_factory=dict)
