@@ -1,0 +1,98 @@
+"""posttrain/atomic.py: the old file or the new one, whatever happens in between."""
+from __future__ import annotations
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from posttrain.atomic import atomic_dir, atomic_write
+
+
+def _run(code: str, *args: str) -> int:
+    return subprocess.run([sys.executable, "-c", textwrap.dedent(code), *args], stderr=subprocess.DEVNULL).returncode
+
+
+def test_write_replaces(tmp_path):
+    target = tmp_path / "new" / "file"
+    for text in ("first", "second"):
+        with atomic_write(target) as temporary:
+            temporary.write_text(text)
+        assert target.read_text() == text
+    assert [p.name for p in target.parent.iterdir()] == ["file"]
+
+
+def test_write_respects_umask(tmp_path):
+    with atomic_write(tmp_path / "file") as temporary:
+        temporary.write_text("x")
+    mask = os.umask(0)
+    os.umask(mask)
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o666 & ~mask
+
+
+def test_error_keeps_the_old_file(tmp_path):
+    target = tmp_path / "file"
+    target.write_text("old")
+    with pytest.raises(ZeroDivisionError), atomic_write(target) as temporary:
+        temporary.write_text("half")
+        raise ZeroDivisionError
+    assert target.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_kill_keeps_the_old_file(tmp_path):
+    target = tmp_path / "file"
+    target.write_text("old")
+    code = """
+        import os, signal, sys
+        from posttrain.atomic import atomic_write
+        with atomic_write(sys.argv[1]) as temporary:
+            temporary.write_text("half")
+            os.kill(os.getpid(), signal.SIGKILL)
+    """
+    assert _run(code, str(target)) == -signal.SIGKILL
+    assert target.read_text() == "old"
+
+
+def test_full_disk_keeps_the_old_file(tmp_path):
+    target = tmp_path / "file"
+    target.write_text("old")
+    code = """
+        import resource, signal, sys
+        from posttrain.atomic import atomic_write
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write past the limit then fails as on a full disk: OSError
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        try:
+            with atomic_write(sys.argv[1]) as temporary:
+                temporary.write_bytes(b"x" * 5000)
+        except OSError:
+            sys.exit(7)
+    """
+    assert _run(code, str(target)) == 7
+    assert target.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_dir_replaces_whole(tmp_path):
+    target = tmp_path / "model"
+    for names in (("a", "b"), ("b", "c")):
+        with atomic_dir(target) as temporary:
+            for name in names:
+                (temporary / name).write_text(name)
+        assert sorted(p.name for p in target.iterdir()) == list(names)
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_dir_error_keeps_the_old(tmp_path):
+    target = tmp_path / "model"
+    target.mkdir()
+    (target / "a").write_text("old")
+    with pytest.raises(ZeroDivisionError), atomic_dir(target) as temporary:
+        (temporary / "a").write_text("new")
+        raise ZeroDivisionError
+    assert (target / "a").read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
