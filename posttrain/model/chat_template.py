@@ -1,7 +1,7 @@
 """Chat templates as Hugging Face writes them: Jinja, in a sandbox, with the few extras templates expect.
 
-A template comes with a model and is code from outside: it renders in jinja2's ImmutableSandboxedEnvironment, which lets it
-reach neither attributes that begin with an underscore nor anything that changes its arguments.
+A template comes with a model and is code from outside: it renders in jinja2's ImmutableSandboxedEnvironment, which lets
+it reach neither attributes that begin with an underscore nor anything that changes its arguments.
 """
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def render(template: str, messages: Sequence[Message], add_generation_prompt: bo
 
 def render_with_spans(template: str, messages: Sequence[Message], **variables: Any) -> tuple[str, list[Span]]:
     """The text, and the character spans of it that {% generation %} blocks produced (what the assistant wrote)."""
-    # A fresh random mark for every call: no message can contain it, so whatever splits on it was put there by the template.
+    # A fresh random mark for every call: no message can contain it, so only the template can have put it there.
     mark = secrets.token_hex(16)
     try:
         marked = _compile(template).render(messages=messages, generation_mark=mark, **variables)
@@ -82,7 +82,8 @@ def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None,
 
 @lru_cache(maxsize=1)
 def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                extensions=[_Generation, loopcontrols])
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda format: datetime.datetime.now().strftime(format)

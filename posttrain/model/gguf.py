@@ -41,7 +41,7 @@ TENSOR_TYPES = {0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4
 
 @dataclass(frozen=True)
 class GGUFTensor:
-    """One tensor's record. `shape` is in row-major order (outermost first); `start` counts from the file's beginning."""
+    """One tensor's record. `shape` is row-major (outermost first); `start` counts from the file's beginning."""
 
     name: str
     shape: tuple[int, ...]
@@ -122,13 +122,14 @@ class GGUF:
                 cursor.fail(f"tensor {name!r} has ggml type {kind}; this reader knows {known}")
             type_name, per_block, block_bytes = TENSOR_TYPES[kind]
             if shape and shape[-1] % per_block:
-                cursor.fail(f"tensor {name!r} of type {type_name} has rows of {shape[-1]}, not a multiple of {per_block}")
+                cursor.fail(f"tensor {name!r} of type {type_name} has rows of {shape[-1]}, not a multiple of "
+                            f"{per_block}")
             if offset % alignment:
                 cursor.fail(f"tensor {name!r} starts at {offset}, not a multiple of the alignment {alignment}")
             nbytes = math.prod(shape) // per_block * block_bytes
             if data_start + offset + nbytes > len(self._map):
-                cursor.fail(f"tensor {name!r} ends at byte {data_start + offset + nbytes} of a file of {len(self._map)}: "
-                            "the file is truncated; download it again")
+                cursor.fail(f"tensor {name!r} ends at byte {data_start + offset + nbytes} of a file of "
+                            f"{len(self._map)}: the file is truncated; download it again")
             self.tensors[name] = GGUFTensor(name, shape, type_name, data_start + offset, nbytes)
         previous_end = 0
         for tensor in sorted(self.tensors.values(), key=lambda tensor: tensor.start):
@@ -165,7 +166,8 @@ def dequantize(raw: np.ndarray, type_name: str) -> np.ndarray:
         weights = _float16(blocks, 0) * _nibbles(blocks[:, 4:])
         weights += _float16(blocks, 2)
         return weights.reshape(-1)
-    raise ValueError(f"unknown tensor type {type_name!r}, expected one of {[name for name, _, _ in TENSOR_TYPES.values()]}")
+    known = [name for name, _, _ in TENSOR_TYPES.values()]
+    raise ValueError(f"unknown tensor type {type_name!r}, expected one of {known}")
 
 
 def _float16(blocks: np.ndarray, at: int) -> np.ndarray:

@@ -41,7 +41,8 @@ def convert(gguf_path: str | os.PathLike, out: str | os.PathLike, dtype: str = "
     return Path(out)
 
 
-def write_hf(gguf_path: str | os.PathLike, folder: Path, dtype: str = "float32", max_shard_bytes: int = 5 * 10**9) -> None:
+def write_hf(gguf_path: str | os.PathLike, folder: Path, dtype: str = "float32",
+             max_shard_bytes: int = 5 * 10**9) -> None:
     """Write `gguf_path` into `folder` as Hugging Face keeps a model, one tensor in memory at a time.
 
     dtype            "float32" keeps every value exact; "bfloat16" rounds to nearest even and halves the size
@@ -99,8 +100,8 @@ def hf_tokenizer(gguf: GGUF) -> Tokenizer:
     meta = gguf.metadata
     model, pre = meta.get("tokenizer.ggml.model"), meta.get("tokenizer.ggml.pre", "default")
     if model != "gpt2" or pre not in _PRE_TOKENIZERS:
-        raise ValueError(f"{gguf.path}: tokenizer is {model!r} with pre-tokenizer {pre!r}; this conversion knows byte-level "
-                         f"BPE ('gpt2') with {list(_PRE_TOKENIZERS)}. Use the model's own tokenizer.json")
+        raise ValueError(f"{gguf.path}: tokenizer is {model!r} with pre-tokenizer {pre!r}; this conversion knows "
+                         f"byte-level BPE ('gpt2') with {list(_PRE_TOKENIZERS)}. Use the model's own tokenizer.json")
     tokens, merges = _get(gguf, "tokenizer.ggml.tokens", list), _get(gguf, "tokenizer.ggml.merges", list)
     kinds = meta.get("tokenizer.ggml.token_type", [1] * len(tokens))
     if len(kinds) != len(tokens):
@@ -144,14 +145,15 @@ def hf_name(name: str) -> str:
             return f"model.layers.{int(match[1])}.{_LAYER_TENSORS[match[2]]}.weight"
     elif (stem := name.removesuffix(".weight")) != name and stem in _TOP_TENSORS:
         return f"{_TOP_TENSORS[stem]}.weight"
-    raise ValueError(f"tensor {name!r} is not one of a llama model's (biases and mixtures of experts are not converted)")
+    raise ValueError(f"tensor {name!r} is not one of a llama model's (biases and mixtures of experts are not "
+                     "converted)")
 
 
 def undo_rope_permutation(weight: np.ndarray, num_heads: int) -> np.ndarray:
     """Rows of q_proj or k_proj (num_heads * head_dim, K) back in Hugging Face's order.
 
-    GGUF rotates neighbouring rows (0, 1), (2, 3), ...; Hugging Face rotates row i with row i + head_dim / 2. Within each
-    head GGUF's row 2 i + j is Hugging Face's row j * head_dim / 2 + i.
+    GGUF rotates neighbouring rows (0, 1), (2, 3), ...; Hugging Face rotates row i with row i + head_dim / 2. Within
+    each head GGUF's row 2 i + j is Hugging Face's row j * head_dim / 2 + i.
     """
     rows, columns = weight.shape
     return weight.reshape(num_heads, rows // num_heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
@@ -161,8 +163,9 @@ def _check_tensors(gguf: GGUF, config: dict[str, Any], names: dict[str, str]) ->
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     queries = config["num_attention_heads"] * config["head_dim"]
     keys = config["num_key_value_heads"] * config["head_dim"]
-    layer = {"input_layernorm": (hidden,), "post_attention_layernorm": (hidden,), "self_attn.q_proj": (queries, hidden),
-             "self_attn.k_proj": (keys, hidden), "self_attn.v_proj": (keys, hidden), "self_attn.o_proj": (hidden, queries),
+    layer = {"input_layernorm": (hidden,), "post_attention_layernorm": (hidden,),
+             "self_attn.q_proj": (queries, hidden), "self_attn.k_proj": (keys, hidden),
+             "self_attn.v_proj": (keys, hidden), "self_attn.o_proj": (hidden, queries),
              "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner)}
     expected = {f"model.layers.{i}.{name}.weight": shape
                 for i in range(config["num_hidden_layers"]) for name, shape in layer.items()}
@@ -173,7 +176,8 @@ def _check_tensors(gguf: GGUF, config: dict[str, Any], names: dict[str, str]) ->
         raise ValueError(f"{gguf.path}: no tensor for {sorted(missing)[:3]} ({len(missing)} missing)")
     for name, original in names.items():
         if name not in expected:
-            raise ValueError(f"{gguf.path}: tensor {original!r} is beyond the {config['num_hidden_layers']} layers announced")
+            raise ValueError(f"{gguf.path}: tensor {original!r} is beyond the {config['num_hidden_layers']} layers "
+                             "announced")
         if (shape := gguf.tensors[original].shape) != expected[name]:
             raise ValueError(f"{gguf.path}: tensor {original!r} has shape {shape}, expected {expected[name]}")
 
@@ -183,7 +187,7 @@ def _write_weights(folder: Path, gguf: GGUF, names: dict[str, str], config: dict
     itemsize = _DTYPES[dtype][1]
     sizes = {name: int(np.prod(gguf.tensors[original].shape)) * itemsize for name, original in names.items()}
     shards = list(_shards(sizes, max_shard_bytes))
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
         weight_map |= dict.fromkeys(shard, file_name)

@@ -1,7 +1,7 @@
 """A Hugging Face tokenizer directory: tokenizer.json through `tokenizers`, special tokens, chat template.
 
-Reads tokenizer.json, tokenizer_config.json, special_tokens_map.json (older models) and chat_template.jinja (newer ones).
-Ids are those of transformers' AutoTokenizer on the same directory.
+Reads tokenizer.json, tokenizer_config.json, special_tokens_map.json (older models) and chat_template.jinja (newer
+ones). Ids are those of transformers' AutoTokenizer on the same directory.
 """
 from __future__ import annotations
 
@@ -40,18 +40,19 @@ class Tokenizer:
         folder = Path(path)
         file = folder / "tokenizer.json"
         if not file.is_file():
-            raise FileNotFoundError(f"{file} does not exist; expected a Hugging Face directory with a tokenizer.json (a "
-                                    "tokenizer that has only tokenizer.model must be converted to one first)")
+            raise FileNotFoundError(f"{file} does not exist; expected a Hugging Face directory with a tokenizer.json "
+                                    "(a tokenizer that has only tokenizer.model must be converted to one first)")
         try:
             backend = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
-        except Exception as error:  # noqa: BLE001 - the library raises plain Exception, for nothing but a bad file
-            raise ValueError(f"{file} is not a tokenizer that `tokenizers` {tokenizers.__version__} can read: {error}") from error
+        except Exception as error:  # the library raises plain Exception, and for nothing but a bad file
+            raise ValueError(f"{file} is not a tokenizer that `tokenizers` {tokenizers.__version__} can read: "
+                             f"{error}") from error
         config = _read_json(folder / "tokenizer_config.json")
         special = _special_tokens(_read_json(folder / "special_tokens_map.json")) | _special_tokens(config)
         return cls(backend, special, _chat_template(folder, config))
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        """Token ids. Special tokens written in `text` are recognised; `add_special_tokens` adds e.g. the leading bos."""
+        """Token ids. Special tokens written in `text` are recognised; `add_special_tokens` adds e.g. a leading bos."""
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = False) -> list[list[int]]:
@@ -102,9 +103,9 @@ class Tokenizer:
                 before = self.chat_text(messages[:i], True, **variables)
                 after = self.chat_text(messages[:i + 1], False, **variables)
                 if not (after.startswith(before) and text.startswith(after)):
-                    raise ValueError(f"the chat template writes message {i} differently once others follow, so what the "
-                                     "assistant wrote cannot be told; use a template with {% generation %} blocks, or "
-                                     "prompt/completion columns with one completion each")
+                    raise ValueError(f"the chat template writes message {i} differently once others follow, so what "
+                                     "the assistant wrote cannot be told; use a template with {% generation %} "
+                                     "blocks, or prompt/completion columns with one completion each")
                 spans.append((len(before), len(after)))
         return spans
 
@@ -142,7 +143,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
     # A token is written as its text, or as an object whose "content" is the text; null means there is none.
     values = {name: config.get(name) for name in _SPECIAL}
-    return {name: value["content"] if isinstance(value, dict) else value for name, value in values.items() if value}
+    values = {name: value.get("content") if isinstance(value, dict) else value for name, value in values.items()}
+    return {name: value for name, value in values.items() if isinstance(value, str)}
 
 
 def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
