@@ -1,0 +1,95 @@
+"""Continue a prompt, or answer a chat message, writing each token as it comes.
+
+--prompt and --chat take text, or - for standard input. Temperature 0 (the default) is greedy and repeatable.
+Only the text goes to standard output; speed and warnings go to standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+
+from posttrain.cli.common import add_model_arguments, load_model, positive_int
+from posttrain.errors import PosttrainError
+
+HELP = "continue a prompt or answer a chat message"
+EXAMPLES = """\
+examples:
+  posttrain generate --model offline --prompt "the film was " --max-new-tokens 40
+  posttrain generate --model smollm2-135m --quantize nf4 --chat "Name three rivers."
+  echo "Once upon a time" | posttrain generate --model smollm2-135m --prompt - --temperature 0.8 --top-p 0.9 --seed 7
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", metavar="TEXT", help="plain text to continue")
+    source.add_argument("--chat", metavar="TEXT", help="a user's message, put through the model's chat template")
+    parser.add_argument("--system", metavar="TEXT", help="a system message before --chat")
+    parser.add_argument("--max-new-tokens", type=positive_int, default=128, metavar="N", help="default %(default)s")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    parser.add_argument("--top-k", type=int, default=0, help="0 keeps all tokens (default)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="1 keeps all tokens (default)")
+    parser.add_argument("--seed", type=int, help="makes sampling repeatable")
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.system is not None and args.chat is None:
+        raise PosttrainError("--system goes with --chat; put it into the text of --prompt instead")
+    text = args.chat if args.prompt is None else args.prompt
+    text = sys.stdin.read() if text == "-" else text
+
+    from posttrain.model.generate import generate
+
+    model, tokenizer = load_model(args)
+    if args.chat is not None:
+        system = [] if args.system is None else [{"role": "system", "content": args.system}]
+        ids = tokenizer.chat([*system, {"role": "user", "content": text}])
+    else:
+        ids = tokenizer.encode(text, add_special_tokens=True)
+    if not ids:
+        raise PosttrainError("the prompt is empty: it has no tokens")
+    writer = TokenWriter(tokenizer)
+    start = time.perf_counter()
+    outputs = generate(
+        model,
+        [ids],
+        args.max_new_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        stop_ids=() if tokenizer.eos_id is None else (tokenizer.eos_id,),
+        seed=args.seed,
+        on_token=writer,
+    )
+    seconds = time.perf_counter() - start
+    writer.finish()
+    new = len(outputs[0])
+    print(f"{len(ids)} prompt tokens, {new} new in {seconds:.2f} s ({new / seconds:.1f} tokens/s)", file=sys.stderr)
+
+
+class TokenWriter:
+    """Print text as tokens come. A character whose bytes are still incomplete waits for the token that ends it."""
+
+    def __init__(self, tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.ids: list[int] = []
+        self.printed = 0  # ids whose text is out
+        self.context = 0  # ids decoded along with the new ones, so that joins (leading spaces, bytes) come out right
+
+    def __call__(self, row: int, token: int) -> None:
+        self.ids.append(token)
+        self._write(final=False)
+
+    def finish(self) -> None:
+        self._write(final=True)
+        print(flush=True)
+
+    def _write(self, final: bool) -> None:
+        before = self.tokenizer.decode(self.ids[self.context : self.printed])
+        text = self.tokenizer.decode(self.ids[self.context :])
+        if final or not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            print(text[len(before) :], end="", flush=True)
+            self.context, self.printed = self.printed, len(self.ids)
