@@ -1,0 +1,177 @@
+"""Training data: JSON Lines with TRL's columns, to token ids with labels on the completion alone.
+
+One row is one of
+
+    {"prompt": "...", "completion": "..."}                      plain text
+    {"prompt": [messages], "completion": [messages]}            conversation, through the model's chat template
+    {"messages": [{"role": "user", "content": "..."}, ...]}     loss on what the assistant says
+    {"text": "..."}                                             loss on every token
+
+Other columns are passed over, but for "tools", which goes to the chat template. A completion or text in plain form
+ends with the tokenizer's end-of-sequence token. Nothing is dropped: a row that cannot be used is an error with its
+file and line.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import PosttrainError
+
+IGNORE_INDEX = -100
+KINDS = '"prompt" and "completion", or "messages", or "text"'
+
+
+@dataclass(frozen=True)
+class Example:
+    """One sequence: token ids, and for each the id to learn there or -100 (labels[t] is input_ids[t], not shifted)."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+    @property
+    def num_labels(self) -> int:
+        """Tokens that are learned: the first has nothing before it to be predicted from."""
+        return sum(label != IGNORE_INDEX for label in self.labels[1:])
+
+
+def read_jsonl(path: str | os.PathLike) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, object) of every line that is not blank. PosttrainError names the line that is not a JSON object
+    in UTF-8."""
+    path = Path(path)
+    if not path.is_file():
+        raise PosttrainError(f"{path} does not exist; expected a JSON Lines file with {KINDS} on every line")
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except UnicodeDecodeError as error:
+                raise PosttrainError(
+                    f"{path}:{number}: not UTF-8 (byte {error.start}); save the file as UTF-8"
+                ) from error
+            except json.JSONDecodeError as error:
+                raise PosttrainError(f"{path}:{number}: not JSON: {error}; expected one object a line") from error
+            if not isinstance(row, dict):
+                raise PosttrainError(f"{path}:{number}: a JSON {type(row).__name__}; expected an object with {KINDS}")
+            yield number, row
+
+
+def load_dataset(
+    path: str | os.PathLike, tokenizer: Any, max_length: int | None = None, truncation: str = "error"
+) -> list[Example]:
+    """The examples of a JSON Lines file. `max_length` and `truncation` as in `fit`. PosttrainError with file and
+    line."""
+    examples = []
+    for number, row in read_jsonl(path):
+        try:
+            examples.append(fit(encode(row, tokenizer), max_length, truncation, tokenizer.bos_id))
+        except ValueError as error:
+            raise PosttrainError(f"{path}:{number}: {error}") from error
+    if not examples:
+        raise PosttrainError(f"{path} holds no examples; expected one JSON object a line with {KINDS}")
+    return examples
+
+
+def encode(row: dict[str, Any], tokenizer: Any) -> Example:
+    """One row, through a posttrain.model.Tokenizer. ValueError where a column is missing, empty or of another type."""
+    kinds = [k for k in ("prompt", "messages", "text") if k in row or (k == "prompt" and "completion" in row)]
+    if len(kinds) != 1:
+        raise ValueError(f"the columns are {', '.join(row) or 'none'}; expected {KINDS}")
+    variables = {"tools": row["tools"]} if row.get("tools") else {}
+    if kinds == ["text"]:
+        ids = tokenizer.encode(_text(row, "text"), add_special_tokens=True) + _end(tokenizer)
+        example = Example(ids, list(ids))
+    elif kinds == ["messages"]:
+        ids, said = tokenizer.chat_with_mask(_messages(row, "messages"), **variables)
+        example = Example(ids, [i if mine else IGNORE_INDEX for i, mine in zip(ids, said, strict=True)])
+    elif isinstance(row.get("prompt"), list):
+        prompt, completion = _messages(row, "prompt"), _messages(row, "completion")
+        before = tokenizer.chat_text(prompt, add_generation_prompt=True, **variables)
+        whole = tokenizer.chat_text(prompt + completion, add_generation_prompt=False, **variables)
+        if not whole.startswith(before):
+            raise ValueError(
+                "the chat template writes the prompt differently once the completion follows, so where the completion "
+                'begins cannot be told; use "messages", or plain text'
+            )
+        example = _join(tokenizer, before, whole[len(before) :], special=False)
+    else:
+        example = _join(tokenizer, _text(row, "prompt"), _text(row, "completion"), special=True)
+    if not example.num_labels:
+        raise ValueError(
+            "nothing to learn: no token of this row has a label (an assistant message or a completion is needed)"
+        )
+    return example
+
+
+def _join(tokenizer, prompt: str, completion: str, special: bool) -> Example:
+    """Tokens of prompt + completion, the prompt's being those it has on its own, as at inference.
+
+    Where tokenizing both together would put a token across the seam, they are tokenized apart.
+    """
+    before = tokenizer.encode(prompt, add_special_tokens=special)
+    both = tokenizer.encode(prompt + completion, add_special_tokens=special)
+    after = both[len(before) :] if both[: len(before)] == before else tokenizer.encode(completion)
+    after = after + _end(tokenizer) if special else after
+    return Example(before + after, [IGNORE_INDEX] * len(before) + after)
+
+
+def _end(tokenizer) -> list[int]:
+    return [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+
+
+def _text(row: dict[str, Any], column: str) -> str:
+    value = row.get(column)
+    if not isinstance(value, str):
+        found = "is missing" if column not in row else f"is a {type(value).__name__}"
+        raise ValueError(f'"{column}" {found}; expected text')
+    if not value:
+        raise ValueError(f'"{column}" is empty; expected text')
+    return value
+
+
+def _messages(row: dict[str, Any], column: str) -> list[dict[str, Any]]:
+    value = row.get(column)
+    if not isinstance(value, list) or not value:
+        found = "is missing" if column not in row else "is empty" if value == [] else f"is a {type(value).__name__}"
+        raise ValueError(f'"{column}" {found}; expected a list of messages')
+    for i, message in enumerate(value):
+        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+            raise ValueError(f'"{column}"[{i}] is not a message; expected {{"role": text, "content": text}}')
+    return value
+
+
+def fit(example: Example, max_length: int | None, truncation: str = "error", bos_id: int | None = None) -> Example:
+    """The example in at most `max_length` tokens. A labelled token is never cut: ValueError where that is not possible.
+
+    truncation "error": ValueError for any longer example. "keep_end": the start of the prompt goes (a leading
+    beginning-of-sequence token stays).
+    """
+    if truncation not in ("error", "keep_end"):
+        raise ValueError(f"truncation is {truncation!r}; expected 'error' or 'keep_end'")
+    length = len(example.input_ids)
+    if max_length is None or length <= max_length:
+        return example
+    if truncation == "error":
+        raise ValueError(
+            f"{length} tokens, and at most {max_length} fit; shorten it, raise max_length, or let the start of the prompt "
+            "go with truncation='keep_end'"
+        )
+    head = 1 if example.input_ids[0] == bos_id and example.labels[0] == IGNORE_INDEX else 0
+    start = length - max_length + head
+    if any(label != IGNORE_INDEX for label in example.labels[head:start]):
+        raise ValueError(
+            f"{length} tokens, and at most {max_length} fit; cutting the prompt is not enough, and completions are not cut"
+        )
+    return Example(*(ids[:head] + ids[start:] for ids in (example.input_ids, example.labels)))
+
+
+def max_tokens(examples: Sequence[Example]) -> int:
+    """Length of the longest example, 0 without any."""
+    return max((len(e.input_ids) for e in examples), default=0)

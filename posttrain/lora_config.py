@@ -1,0 +1,91 @@
+"""What a LoRA adapter is and which layers it goes on: PEFT's fields, defaults and matching rules."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+
+
+def _by_pattern(pattern: dict, name: str, default):
+    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+
+
+def _ends_with(name: str, keys: list[str]) -> bool:
+    return any(name == key or name.endswith(f".{key}") for key in keys)
+
+
+def _in_layers(config: LoraConfig, name: str) -> bool:
+    layers = config.layers_to_transform
+    if layers is None or layers == []:
+        return True
+    patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern or []
+    regexes = [rf"(?:^|.*?\.){p}\.(\d+)\." for p in patterns] or [r".*?\.[^.]*\.(\d+)\."]
+    found = next((m for m in (re.match(regex, name) for regex in regexes) if m), None)
+    return found is not None and int(found[1]) in ([layers] if isinstance(layers, int) else layers)
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """PEFT's field names and meanings; the defaults are PEFT's but for `target_modules`, which is every linear layer.
+
+    target_modules: "all-linear" (all but the output head), a regular expression that must match a layer's whole name,
+    or a list of names or of their last parts ("q_proj"). rank_pattern and alpha_pattern: {regular expression for the
+    end of a name: value}; the first that matches wins. init_lora_weights: True (A Kaiming-uniform, B zero), "gaussian"
+    (A normal with deviation 1/r, B zero) or False (both Kaiming-uniform: the output changes at once, for tests).
+    """
+
+    r: int = 8
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    target_modules: str | list[str] = "all-linear"
+    exclude_modules: str | list[str] | None = None
+    use_rslora: bool = False
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    layers_to_transform: int | list[int] | None = None
+    layers_pattern: str | list[str] | None = None
+    init_lora_weights: bool | str = True
+    bias: str = "none"
+    modules_to_save: list[str] | None = None
+
+    def __post_init__(self):
+        ranks = {"r": self.r, **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}}
+        for name, r in ranks.items():
+            if not isinstance(r, int) or isinstance(r, bool) or r <= 0:
+                raise ValueError(f"{name} is {r!r}; a rank is a whole number of at least 1")
+        if not 0.0 <= self.lora_dropout < 1.0:
+            raise ValueError(f"lora_dropout is {self.lora_dropout}; expected 0 <= lora_dropout < 1")
+        if self.init_lora_weights not in (True, False, "gaussian"):
+            raise ValueError(f"init_lora_weights is {self.init_lora_weights!r}; expected True, False or 'gaussian'")
+        if self.bias != "none":
+            raise ValueError(f"bias is {self.bias!r}; only bias='none' is supported: biases stay frozen")
+        if self.modules_to_save:
+            raise ValueError(f"modules_to_save is {self.modules_to_save}; whole modules cannot be trained beside LoRA")
+        if not self.target_modules:
+            raise ValueError("target_modules is empty; expected 'all-linear', a regular expression or a list of names")
+        if isinstance(self.target_modules, str) and (self.layers_to_transform is not None or self.layers_pattern):
+            raise ValueError("layers_to_transform and layers_pattern need target_modules to be a list, not a string")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_pattern is given without layers_to_transform; say which layers")
+
+    def rank(self, name: str) -> int:
+        """Rank of the adapter on the layer of that name."""
+        return _by_pattern(self.rank_pattern, name, self.r)
+
+    def scaling(self, name: str) -> float:
+        """lora_alpha / r, or lora_alpha / sqrt(r) for rank-stabilised LoRA, on the layer of that name."""
+        r = self.rank(name)
+        return _by_pattern(self.alpha_pattern, name, self.lora_alpha) / (math.sqrt(r) if self.use_rslora else r)
+
+
+def matches(config: LoraConfig, name: str) -> bool:
+    """Whether a layer of that name is a target of the config, by PEFT's rules; "all-linear" is all but `lm_head`."""
+    excluded, targets = config.exclude_modules, config.target_modules
+    if excluded and (re.fullmatch(excluded, name) if isinstance(excluded, str) else _ends_with(name, excluded)):
+        return False
+    if isinstance(targets, str):
+        if targets.lower() == "all-linear":
+            return name.rpartition(".")[2] != "lm_head"
+        return re.fullmatch(targets, name) is not None
+    return _ends_with(name, targets) and _in_layers(config, name)
