@@ -1,0 +1,218 @@
+"""The Llama family's decoder: Llama 2/3, SmolLM2, Mistral, Qwen2/2.5 and Qwen3, by the configuration's flags.
+
+Parameters carry Hugging Face's names. Shapes: B sequences, T tokens, D hidden_size, V vocab_size, S cached plus new tokens.
+"""
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .config import ModelConfig
+from .functional import rms_norm, swiglu
+from .kv_cache import KVCache
+from .rope import RotaryTable, apply_rope
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Causal attention with grouped key-value heads (GQA, arXiv:2305.13245), rotary positions and, in Qwen3, q/k norms."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.head_dim = config.head_dim
+        self.window = config.windows[layer]
+        queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=config.o_bias)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.qk_norm = config.qk_norm
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, -1, self.head_dim)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = apply_rope(q, *rope).transpose(1, 2), apply_rope(k, *rope).transpose(1, 2)
+        if cache is not None:
+            k, v = cache.write(self.layer, k, v)
+        if T == 1:
+            return self.o_proj(_attend_one(q, k, v, mask, self.window))
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+def _attend_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, window: int | None) -> Tensor:
+    """Attention of one new token a row: q (B, heads, 1, head_dim), k and v (B, kv heads, S, head_dim) -> (B, 1, heads * head_dim).
+
+    The query heads that share a key-value head become its rows, so keys are neither repeated nor masked for causality.
+    """
+    B, heads, _, head_dim = q.shape
+    kv_heads, S = k.shape[1], k.shape[2]
+    if mask is None and window is not None and S > window:
+        k, v = k.narrow(2, S - window, window), v.narrow(2, S - window, window)
+    y = F.scaled_dot_product_attention(q.reshape(B, kv_heads, heads // kv_heads, head_dim), k, v, attn_mask=mask)
+    return y.reshape(B, 1, heads * head_dim)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """What Hugging Face calls `model`: the embedding, the layers and the final norm."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class CausalLM(nn.Module):
+    """A decoder and its head. `activation_checkpointing` recomputes each layer in the backward pass instead of keeping it."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.activation_checkpointing = False
+        self.fingerprint: str | None = None
+        self.model = Decoder(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self._rope = RotaryTable(config.rope, config.head_dim, config.max_position_embeddings)
+        self._initialize()
+
+    @torch.no_grad()
+    def _initialize(self) -> None:
+        """Normal weights of the configuration's standard deviation and zero biases, as the family is trained from scratch."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                module.weight.normal_(0.0, self.config.initializer_range)
+                if getattr(module, "bias", None) is not None:
+                    module.bias.zero_()
+
+    def hidden(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Hidden states (B, T, D) after the final norm, for input_ids int64 (B, T).
+
+        position_ids int64 (B, T): counted from the cache's end unless given (over the tokens of attention_mask where it is).
+        segment_ids int (B, T): packed sequences; a token sees those before it with its own id. Not together with a cache.
+        attention_mask bool (B, T): False on left padding of these T tokens; the cache remembers it.
+        cache: its tokens are seen by these, which are appended to it.
+        """
+        B, T = input_ids.shape
+        past = 0
+        if cache is not None:
+            if segment_ids is not None:
+                raise ValueError("segment_ids are for packed training batches; they cannot be used together with a cache")
+            if cache.batch_size != B:
+                raise ValueError(f"input_ids have {B} rows and the cache {cache.batch_size}")
+            past = cache.length
+            cache.reserve(T)
+            cache.mark(T, attention_mask)
+        valid = attention_mask if cache is None else cache.valid
+        valid = None if valid is None else valid[:, : past + T]
+        x = self.model.embed_tokens(input_ids)
+        if position_ids is None and valid is not None:
+            position_ids = (valid.cumsum(1) - 1).clamp_(min=0)[:, past:]
+        if position_ids is None:
+            rope = self._rope.at(past, T, x.device, x.dtype)
+        else:
+            rope = self._rope.gather(position_ids, x.dtype)
+        masks = self._masks(past, T, valid, segment_ids, x)
+        for layer, window in zip(self.model.layers, self.config.windows, strict=True):
+            if self.activation_checkpointing and cache is None and torch.is_grad_enabled():
+                x = checkpoint(layer, x, rope, masks[window], None, use_reentrant=False)
+            else:
+                x = layer(x, rope, masks[window], cache)
+        if cache is not None:
+            cache.advance(T)
+        return self.model.norm(x)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits (..., V) of hidden states (..., D)."""
+        if self.config.tie_word_embeddings:
+            return F.linear(hidden, self.model.embed_tokens.weight)
+        return self.lm_head(hidden)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Logits (B, T, V). Arguments as in `hidden`."""
+        return self.head(self.hidden(input_ids, position_ids, segment_ids, attention_mask, cache))
+
+    def _masks(
+        self, past: int, T: int, valid: Tensor | None, segment_ids: Tensor | None, x: Tensor
+    ) -> dict[int | None, Tensor | None]:
+        """For each window in use, what is added to the scores (B or 1, 1, T, S), or None where plain causal attention is right."""
+        masks: dict[int | None, Tensor | None] = {}
+        S = past + T
+        for window in set(self.config.windows):
+            whole = window is None or S <= window
+            if valid is None and segment_ids is None and (T == 1 or (past == 0 and whole)):
+                masks[window] = None
+                continue
+            rows = torch.arange(past, S, device=x.device)[:, None]
+            columns = torch.arange(S, device=x.device)
+            allowed = columns <= rows
+            if not whole:
+                allowed &= columns > rows - window  # type: ignore[operator]
+            allowed = allowed[None]
+            if segment_ids is not None:
+                allowed = allowed & (segment_ids[:, :, None] == segment_ids[:, None, :])
+            if valid is not None:
+                # Padding sees itself, so that no row is empty: a softmax over nothing is NaN.
+                allowed = (allowed & valid[:, None, :]) | (columns == rows)
+            masks[window] = torch.zeros(allowed.shape, dtype=x.dtype, device=x.device).masked_fill_(~allowed, -torch.inf)[:, None]
+        return masks
