@@ -2,6 +2,12 @@
 
 The stand-in can decorate a kernel and be named in annotations; nothing in it can run. The CPU engine needs no triton.
 """
+from __future__ import annotations
+
+import contextlib
+
+import torch
+
 try:
     import triton
     import triton.language as tl
@@ -19,4 +25,17 @@ except ModuleNotFoundError:
     triton = tl = _Absent()
     HAS_TRITON = False
 
-__all__ = ["HAS_TRITON", "tl", "triton"]
+
+def backend() -> str:
+    """Who runs a launched kernel: "cuda", "hip", or "interpreter" (TRITON_INTERPRET=1, when the kernels were decorated)."""
+    if triton.knobs.runtime.interpret:
+        return "interpreter"
+    return triton.runtime.driver.active.get_current_target().backend
+
+
+def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device: make it the tensor's. CPU tensors (interpreter, emulator) need nothing."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+__all__ = ["HAS_TRITON", "backend", "on_device_of", "tl", "triton"]

@@ -7,7 +7,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Variant:
-    """`signature` maps every argument to "*bf16", "i32", ... or "constexpr"; `constexprs` holds the latter's values."""
+    """`signature` maps every argument to "*bf16", "i32", ... or "constexpr"; `constexprs` holds the latter's values.
+
+    Every pointer is taken to be aligned to 16 bytes, as torch allocates; an integer that is a multiple of 16 is written
+    "i32:16", as triton specialises on it at launch. `backends` names the compilers that can be asked for this variant.
+    """
 
     name: str
     kernel: Any
@@ -16,3 +20,4 @@ class Variant:
     num_warps: int = 4
     num_stages: int = 2
     options: dict[str, Any] = field(default_factory=dict)
+    backends: tuple[str, ...] = ("cuda", "hip")

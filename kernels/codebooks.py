@@ -54,7 +54,11 @@ DYNAMIC_MAP = _dynamic_map_values()  # float32 (256,), ascending
 FP4_MAGNITUDE_CODES = torch.argsort(FP4[:8])  # rank of a magnitude -> its bit pattern
 NF4_THRESHOLDS = midpoints(NF4)
 FP4_THRESHOLDS = midpoints(FP4[:8][FP4_MAGNITUDE_CODES])
+# for kernels that index a threshold by code: nothing lies above the last code
+NF4_UPPER = torch.cat([NF4_THRESHOLDS, torch.tensor([torch.inf])])
+FP4_UPPER = torch.cat([FP4_THRESHOLDS, torch.tensor([torch.inf])])
 DYNAMIC_THRESHOLDS = midpoints(DYNAMIC_MAP)
+DYNAMIC_UPPER = torch.cat([DYNAMIC_THRESHOLDS, torch.tensor([torch.inf])])
 
 CODEBOOKS = {"nf4": NF4, "fp4": FP4}
 
