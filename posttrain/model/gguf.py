@@ -121,8 +121,8 @@ class GGUF:
                 known = ", ".join(f"{known} ({number})" for number, (known, _, _) in TENSOR_TYPES.items())
                 cursor.fail(f"tensor {name!r} has ggml type {kind}; this reader knows {known}")
             type_name, per_block, block_bytes = TENSOR_TYPES[kind]
-            if shape and shape[-1] % per_block:
-                cursor.fail(f"tensor {name!r} of type {type_name} has rows of {shape[-1]}, not a multiple of "
+            if 0 in shape or (shape[-1] if shape else 1) % per_block:
+                cursor.fail(f"tensor {name!r} of type {type_name} has shape {shape}, expected rows of a multiple of "
                             f"{per_block}")
             if offset % alignment:
                 cursor.fail(f"tensor {name!r} starts at {offset}, not a multiple of the alignment {alignment}")
@@ -148,24 +148,28 @@ class GGUF:
 
 
 def dequantize(raw: np.ndarray, type_name: str) -> np.ndarray:
-    """Bytes of `type_name` (uint8, whole blocks) as float32: products and sums in float32, one rounding each."""
+    """Bytes of `type_name` (uint8, whole blocks) as float32: products and sums in float32, one rounding each.
+
+    A scale that is infinite or NaN gives what float arithmetic gives (0 * inf is NaN).
+    """
     if type_name == "F32":
         return raw.view("<f4").astype(np.float32)
     if type_name == "F16":
         return raw.view("<f2").astype(np.float32)
     if type_name == "BF16":
         return (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
-    if type_name == "Q8_0":
-        blocks = raw.reshape(-1, 34)
-        return (_float16(blocks, 0) * blocks[:, 2:].view(np.int8)).reshape(-1)
-    if type_name == "Q4_0":
-        blocks = raw.reshape(-1, 18)
-        return (_float16(blocks, 0) * (_nibbles(blocks[:, 2:]).view(np.int8) - np.int8(8))).reshape(-1)
-    if type_name == "Q4_1":
-        blocks = raw.reshape(-1, 20)
-        weights = _float16(blocks, 0) * _nibbles(blocks[:, 4:])
-        weights += _float16(blocks, 2)
-        return weights.reshape(-1)
+    with np.errstate(invalid="ignore"):
+        if type_name == "Q8_0":
+            blocks = raw.reshape(-1, 34)
+            return (_float16(blocks, 0) * blocks[:, 2:].view(np.int8)).reshape(-1)
+        if type_name == "Q4_0":
+            blocks = raw.reshape(-1, 18)
+            return (_float16(blocks, 0) * (_nibbles(blocks[:, 2:]).view(np.int8) - np.int8(8))).reshape(-1)
+        if type_name == "Q4_1":
+            blocks = raw.reshape(-1, 20)
+            weights = _float16(blocks, 0) * _nibbles(blocks[:, 4:])
+            weights += _float16(blocks, 2)
+            return weights.reshape(-1)
     known = [name for name, _, _ in TENSOR_TYPES.values()]
     raise ValueError(f"unknown tensor type {type_name!r}, expected one of {known}")
 
