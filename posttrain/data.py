@@ -158,17 +158,13 @@ def fit(example: Example, max_length: int | None, truncation: str = "error", bos
     length = len(example.input_ids)
     if max_length is None or length <= max_length:
         return example
+    problem = f"{length} tokens, and at most {max_length} fit"
     if truncation == "error":
-        raise ValueError(
-            f"{length} tokens, and at most {max_length} fit; shorten it, raise max_length, or let the start of the prompt "
-            "go with truncation='keep_end'"
-        )
+        raise ValueError(f"{problem}; shorten it, raise max_length, or cut prompts with truncation='keep_end'")
     head = 1 if example.input_ids[0] == bos_id and example.labels[0] == IGNORE_INDEX else 0
     start = length - max_length + head
     if any(label != IGNORE_INDEX for label in example.labels[head:start]):
-        raise ValueError(
-            f"{length} tokens, and at most {max_length} fit; cutting the prompt is not enough, and completions are not cut"
-        )
+        raise ValueError(f"{problem}; cutting the prompt is not enough, and completions are not cut")
     return Example(*(ids[:head] + ids[start:] for ids in (example.input_ids, example.labels)))
 
 

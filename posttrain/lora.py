@@ -250,15 +250,15 @@ def base_fingerprint(model: nn.Module) -> str | None:
     return fingerprint(model) if isinstance(getattr(model, "config", None), ModelConfig) else None
 
 
-def adapter_tensors(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
-    """The adapter's tensors (the active adapter unless named) under PEFT's keys."""
+def adapter_parameters(model: nn.Module, name: str | None = None) -> dict[str, nn.Parameter]:
+    """The adapter's parameters (the active adapter's unless named) under PEFT's keys."""
     name = _known(model, name)
-    tensors = {}
+    parameters = {}
     for layer_name, layer in lora_layers(model).items():
         if name in layer.lora_A:
-            tensors[f"{PREFIX}{layer_name}.lora_A.weight"] = layer.lora_A[name].detach()
-            tensors[f"{PREFIX}{layer_name}.lora_B.weight"] = layer.lora_B[name].detach()
-    return tensors
+            parameters[f"{PREFIX}{layer_name}.lora_A.weight"] = layer.lora_A[name]
+            parameters[f"{PREFIX}{layer_name}.lora_B.weight"] = layer.lora_B[name]
+    return parameters
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike, name: str | None = None) -> None:
@@ -267,10 +267,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, name: str | None = N
     Each file is written whole or not at all; the safetensors metadata holds the fingerprint of the base.
     """
     name = _known(model, name)
-    tensors = adapter_tensors(model, name)
-    write_adapter(
-        path, model.adapter_configs[name], tensors, base_fingerprint(model), getattr(model, "name_or_path", None)
-    )
+    config, base_model = model.adapter_configs[name], getattr(model, "name_or_path", None)
+    write_adapter(path, config, adapter_parameters(model, name), base_fingerprint(model), base_model)
 
 
 def load_adapter(

@@ -1,9 +1,9 @@
 """Several sequences in a row without one seeing another, and rows to tensors.
 
 Rows are filled by best-fit decreasing: longest sequence first, each into the row where it leaves least room (at most
-11/9 of the fewest rows possible, plus one; Johnson, 1973). Positions start again with each sequence, `segment_ids`
-keeps attention inside it, and its first token, which nothing before it predicts, has no label: the loss equals that of
-the sequences on their own.
+11/9 of the fewest rows possible, plus four; Johnson et al., 1974). Positions start again with each sequence,
+`segment_ids` keeps attention inside it, and its first token, which nothing before it predicts, has no label: the loss
+equals that of the sequences on their own.
 """
 
 from __future__ import annotations

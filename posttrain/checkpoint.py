@@ -1,0 +1,165 @@
+"""A training run's state on disk: tensors in safetensors, the rest in JSON, nothing pickled.
+
+    checkpoint-<step>/
+        adapter_model.safetensors   the adapter as PEFT has it, with its adapter_config.json, so that any tool loads a
+                                    checkpoint; trainable.safetensors where something else trains
+        optimizer.safetensors       the optimizer's tensors, as <parameter>.<entry>
+        trainer_state.json          the step, what the run was started with, the random states
+
+A checkpoint is written beside its place and moved there whole, and an older one is deleted only after that: a kill or a
+full disk at any moment leaves the last good one.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import random
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .atomic import atomic_dir
+from .errors import PosttrainError
+from .lora import active_adapter, adapter_parameters, save_adapter
+from .peft_format import WEIGHTS_FILE
+
+OPTIMIZER, STATE = "optimizer.safetensors", "trainer_state.json"
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that train: an adapter's by PEFT's keys, others by their names in the model."""
+    keys = {id(p): key for key, p in adapter_parameters(model).items()} if active_adapter(model) else {}
+    return {keys.get(id(p), name): p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def weights_file(model: nn.Module) -> str:
+    """Name of the file with the trained weights."""
+    only_adapter = bool(active_adapter(model)) and trainable(model).keys() == adapter_parameters(model).keys()
+    return WEIGHTS_FILE if only_adapter else "trainable.safetensors"
+
+
+def random_states() -> dict[str, Any]:
+    """The states of torch's generators (CPU and every GPU), Python's and NumPy's, as JSON can hold them."""
+    version, words, gauss = random.getstate()
+    numpy_state = np.random.get_state(legacy=False)
+    return {
+        "torch": _text(torch.get_rng_state()),
+        "cuda": [_text(state) for state in torch.cuda.get_rng_state_all()] if torch.cuda.is_initialized() else [],
+        "python": [version, list(words), gauss],
+        "numpy": {**numpy_state, "state": {k: np.asarray(v).tolist() for k, v in numpy_state["state"].items()}},
+    }
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    """Put back what `random_states` returned."""
+    torch.set_rng_state(_bytes(states["torch"]))
+    if states["cuda"]:
+        torch.cuda.set_rng_state_all([_bytes(state) for state in states["cuda"]])
+    version, words, gauss = states["python"]
+    random.setstate((version, tuple(words), gauss))
+    key = np.array(states["numpy"]["state"]["key"], dtype=np.uint32)
+    np.random.set_state({**states["numpy"], "state": {**states["numpy"]["state"], "key": key}})
+
+
+def _text(state: Tensor) -> str:
+    return base64.b64encode(state.numpy().tobytes()).decode("ascii")
+
+
+def _bytes(text: str) -> Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+
+
+def save_checkpoint(
+    folder: str | os.PathLike, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+) -> Path:
+    """Write checkpoint-<state["step"]> in `folder` with the random states as they are now. Returns its path."""
+    path = Path(folder) / f"checkpoint-{state['step']}"
+    names = {parameter: name for name, parameter in trainable(model).items()}
+    tensors = {
+        f"{names[parameter]}.{entry}": value
+        for parameter, entries in optimizer.state.items()
+        for entry, value in entries.items()
+    }
+    with atomic_dir(path) as temporary:
+        if (weights := weights_file(model)) == WEIGHTS_FILE:
+            save_adapter(model, temporary)
+        else:
+            save_file(_on_disk(trainable(model)), temporary / weights, metadata={"format": "pt"})
+        save_file(_on_disk(tensors), temporary / OPTIMIZER, metadata={"format": "pt"})
+        content = json.dumps({**state, "random_states": random_states()}, allow_nan=False)
+        (temporary / STATE).write_text(content, encoding="utf-8")
+    return path
+
+
+def _on_disk(tensors: dict[str, Any]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def checkpoints(folder: str | os.PathLike) -> list[Path]:
+    """The whole checkpoints in `folder`, oldest first."""
+    found = {
+        int(match[1]): path
+        for path in (Path(folder).iterdir() if Path(folder).is_dir() else [])
+        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and (path / STATE).is_file()
+    }
+    return [found[step] for step in sorted(found)]
+
+
+def keep_last(folder: str | os.PathLike, count: int) -> None:
+    """Delete all but the last `count` checkpoints in `folder`."""
+    for path in checkpoints(folder)[:-count]:
+        shutil.rmtree(path)
+
+
+def read_state(path: str | os.PathLike) -> dict[str, Any]:
+    """trainer_state.json of a checkpoint. PosttrainError where it is missing or damaged."""
+    file = Path(path) / STATE
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise PosttrainError(f"{file} cannot be read ({error}); resume from another checkpoint") from error
+
+
+def load_checkpoint(path: str | os.PathLike, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Put weights, optimizer and random states back as `save_checkpoint` found them; returns its `state`.
+
+    PosttrainError, with everything as it was, where a file is damaged or its tensors are not those of this model.
+    """
+    path = Path(path)
+    state = read_state(path)
+    try:
+        weights, moments = load_file(path / weights_file(model)), load_file(path / OPTIMIZER)
+    except (OSError, SafetensorError) as error:
+        raise PosttrainError(f"{path} is damaged ({error}); resume from another checkpoint") from error
+    parameters = trainable(model)
+    ours = {name: (tuple(p.shape), p.dtype) for name, p in parameters.items()}
+    theirs = {name: (tuple(t.shape), t.dtype) for name, t in weights.items()}
+    if ours != theirs:
+        different = sorted({name for name, _ in ours.items() ^ theirs.items()})
+        raise PosttrainError(
+            f"{path} holds other parameters than this model trains ({len(different)} differ, {different[0]} first); "
+            "resume with the model and adapter settings that the run was started with"
+        )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])
+    entries: dict[str, dict[str, Tensor]] = {name: {} for name in parameters}
+    for key, value in moments.items():
+        name, _, entry = key.rpartition(".")
+        entries[name][entry] = value
+    order = [p for group in optimizer.param_groups for p in group["params"]]
+    index = {id(p): i for i, p in enumerate(order)}
+    packed = optimizer.state_dict()
+    packed["state"] = {index[id(parameters[name])]: values for name, values in entries.items() if values}
+    optimizer.load_state_dict(packed)
+    set_random_states(state["random_states"])
+    return state

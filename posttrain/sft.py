@@ -1,0 +1,102 @@
+"""Supervised fine-tuning: examples in rows, the head on the tokens that have a label, and the training loop."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+
+from .data import IGNORE_INDEX, Example, max_tokens
+from .errors import PosttrainError
+from .linear_cross_entropy import CHUNK, linear_cross_entropy
+from .lora import LoraConfig, active_adapter, attach, base_fingerprint, save_adapter
+from .packing import Batch, collate, pack
+from .trainer import TrainConfig, TrainResult, train
+
+
+def head_weight(model: nn.Module) -> Tensor | None:
+    """The head's weight (V, D) where that is all it is; None where it has an adapter, a bias, or 4 bits."""
+    if model.config.tie_word_embeddings:
+        return model.model.embed_tokens.weight
+    return model.lm_head.weight if type(model.lm_head) is nn.Linear and model.lm_head.bias is None else None
+
+
+def loss_sum(model: nn.Module, batch: Batch) -> Tensor:
+    """Sum of the next-token losses over the batch's labelled tokens (): the head sees those positions alone."""
+    packed = batch.segment_ids is not None
+    hidden = model.hidden(batch.input_ids, batch.position_ids if packed else None, batch.segment_ids)
+    labels = batch.labels[:, 1:]
+    learned = labels != IGNORE_INDEX
+    hidden, labels = hidden[:, :-1][learned], labels[learned]
+    weight = head_weight(model)
+    if weight is not None:
+        return linear_cross_entropy(hidden, weight, labels)
+    # The same chunks through whatever the head is; logits are computed again in the backward pass rather than kept.
+    parts = zip(hidden.split(CHUNK), labels.split(CHUNK), strict=True)
+    return torch.stack([checkpoint(_head_loss, model, h, y, use_reentrant=False) for h, y in parts]).sum()
+
+
+def _head_loss(model: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
+    return cross_entropy(model.head(hidden).float(), labels, reduction="sum")
+
+
+def digest(examples: Sequence[Example]) -> str:
+    """A fingerprint of the data: sha256 over every id and label in order, 16 hexadecimal digits."""
+    content = hashlib.sha256()
+    for example in examples:
+        content.update(repr((example.input_ids, example.labels)).encode())
+    return content.hexdigest()[:16]
+
+
+def sft(
+    model: nn.Module,
+    examples: Sequence[Example],
+    config: TrainConfig,
+    lora: LoraConfig | None = None,
+    *,
+    max_length: int | None = None,
+    packing: bool = True,
+    pad_id: int = 0,
+    resume: bool = False,
+    quiet: bool = False,
+    on_step: Callable[[dict[str, Any]], None] | None = None,
+) -> TrainResult:
+    """Fine-tune `model` (a posttrain.model CausalLM, dense or quantized) on `examples` (posttrain.data.load_dataset).
+
+    lora: attached first, with the config's seed, unless the model already has an adapter. packing: several examples
+    share a row of `max_length` tokens (the longest example's by default), none seeing another; a batch is then of
+    rows. The adapter is saved in config.output_dir in PEFT's format, beside metrics.jsonl, loss.svg and the
+    checkpoints. PosttrainError as `train`, and for an example longer than max_length or the model's context.
+    """
+    if not examples:
+        raise PosttrainError("the training data holds no examples")
+    context = model.config.max_position_embeddings
+    longest = max_tokens(examples)
+    if longest > min(max_length or longest, context):
+        raise PosttrainError(
+            f"the longest example has {longest} tokens; max_length is {max_length} and the model's context {context}. "
+            "Load the data with that max_length, which says what to do with longer ones"
+        )
+    if lora is not None and active_adapter(model) is None:
+        torch.manual_seed(config.seed)
+        attach(model, lora)
+    rows = pack(examples, max_length or longest) if packing else [[example] for example in examples]
+    adapter = model.adapter_configs[active_adapter(model)] if active_adapter(model) else None
+    identity = {
+        "data": digest(examples),
+        "rows": [packing, max_length],
+        "adapter": asdict(adapter) if adapter else None,
+        "base": base_fingerprint(model),
+    }
+    run = partial(train, model, rows, partial(collate, pad_id=pad_id), loss_sum, config)
+    result = run(resume=resume, identity=identity, quiet=quiet, on_step=on_step)
+    if adapter:
+        save_adapter(model, config.output_dir)
+    return result

@@ -1,0 +1,263 @@
+"""The training loop: what every method that learns by gradient shares.
+
+One step takes `per_device_train_batch_size * gradient_accumulation_steps` items in an order that the seed and the
+epoch decide, so the step alone is the position in the data. Its loss is the sum over all its tokens with a label
+divided by their number: the same gradient however the step is cut into micro-batches. Then clipping, AdamW (Loshchilov
+and Hutter, arXiv:1711.05101) and a learning rate that warms up linearly and falls along a cosine.
+
+A run that was killed at any step and is started again with resume=True ends in the same bits as one that was not.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .checkpoint import checkpoints, keep_last, load_checkpoint, read_state, save_checkpoint, trainable
+from .errors import PosttrainError
+from .packing import Batch
+from .plots import line_chart, running_mean
+from .progress import Metrics, ProgressLine, peak_memory, read_metrics
+
+# What a resumed run must share with its beginning for the same result.
+IDENTITY = (
+    "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",
+    "lr_scheduler_type", "warmup_steps", "warmup_ratio", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
+    "max_grad_norm", "seed",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Names as in transformers' TrainingArguments.
+
+    max_steps: optimizer steps; 0 lets num_train_epochs decide. warmup_ratio counts where warmup_steps is 0.
+    max_grad_norm 0 does not clip. save_steps 0 keeps one checkpoint, the last. activation_checkpointing recomputes
+    each layer in the backward pass: about a third more work, memory of one layer instead of all.
+    """
+
+    output_dir: str | os.PathLike
+    max_steps: int = 0
+    num_train_epochs: float = 1.0
+    per_device_train_batch_size: int = 4
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 2e-4
+    lr_scheduler_type: str = "cosine"
+    warmup_steps: int = 0
+    warmup_ratio: float = 0.03
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float = 1.0
+    activation_checkpointing: bool = False
+    seed: int = 0
+    save_steps: int = 0
+    save_total_limit: int = 2
+
+    def __post_init__(self):
+        at_least = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "save_total_limit": 1}
+        at_least |= dict.fromkeys(("max_steps", "warmup_steps", "save_steps", "max_grad_norm", "weight_decay"), 0)
+        for name, low in at_least.items():
+            if not getattr(self, name) >= low:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least {low}")
+        for name in ("num_train_epochs", "learning_rate"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected more than 0")
+        if not 0 <= self.warmup_ratio <= 1:
+            raise ValueError(f"warmup_ratio is {self.warmup_ratio}; expected 0 to 1")
+        if self.lr_scheduler_type not in ("cosine", "linear", "constant"):
+            raise ValueError(f"lr_scheduler_type is {self.lr_scheduler_type!r}; expected cosine, linear or constant")
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run did: optimizer steps in all, tokens seen in all, and the entries of metrics.jsonl."""
+
+    steps: int
+    tokens: int
+    metrics: list[dict[str, Any]] = field(repr=False)
+
+
+def learning_rate(config: TrainConfig, step: int, total: int) -> float:
+    """The rate of step `step` (from 0) of `total`: linear to the full rate over the warm-up, then down to 0 after the
+    last."""
+    warmup = config.warmup_steps or math.ceil(config.warmup_ratio * total)
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    progress = (step - warmup) / max(1, total - warmup)
+    shape = {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress, "constant": 1.0}
+    return config.learning_rate * shape[config.lr_scheduler_type]
+
+
+def total_steps(config: TrainConfig, items: int) -> int:
+    """Optimizer steps of a run over `items` items."""
+    return config.max_steps or math.ceil(config.num_train_epochs * _steps_per_epoch(config, items))
+
+
+def _steps_per_epoch(config: TrainConfig, items: int) -> int:
+    return math.ceil(items / (config.per_device_train_batch_size * config.gradient_accumulation_steps))
+
+
+def step_items(config: TrainConfig, step: int, items: int) -> list[list[int]]:
+    """Indices of the items of one step, by micro-batch. Each epoch sees every item once, in an order of its own."""
+    epoch, within = divmod(step, _steps_per_epoch(config, items))
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
+    order = torch.randperm(items, generator=generator).tolist()
+    size = config.per_device_train_batch_size
+    ours = order[within * size * config.gradient_accumulation_steps :][: size * config.gradient_accumulation_steps]
+    return [ours[i : i + size] for i in range(0, len(ours), size)]
+
+
+def train(
+    model: nn.Module,
+    data: Sequence[Any],
+    collate: Callable[[list[Any]], Batch],
+    loss_sum: Callable[[nn.Module, Batch], Tensor],
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+    identity: dict[str, Any] | None = None,
+    quiet: bool = False,
+    on_step: Callable[[dict[str, Any]], None] | None = None,
+) -> TrainResult:
+    """Train the parameters of `model` that require a gradient.
+
+    collate: items of `data` -> Batch. loss_sum: (model, batch) -> the loss summed over the batch's tokens with a label.
+    In config.output_dir: metrics.jsonl, loss.svg and checkpoint-<step>/ folders (posttrain/checkpoint.py). resume=True
+    goes on from the last of these, or begins where there is none; `identity` (what data, what adapter) must then be as
+    it was. on_step sees each entry of metrics.jsonl. PosttrainError where there is nothing to train or to learn from,
+    where the loss or the gradient stops being finite (weights and checkpoints stay those of the step before), or where
+    the run to resume was another.
+    """
+    if not data:
+        raise PosttrainError("the training data holds no examples")
+    parameters = list(trainable(model).values())
+    if not parameters:
+        raise PosttrainError("no parameter of the model requires a gradient; attach an adapter first")
+    folder, device = Path(config.output_dir), parameters[0].device
+    total = total_steps(config, len(data))
+    identity = json.loads(json.dumps({k: v for k, v in asdict(config).items() if k in IDENTITY} | (identity or {})))
+    optimizer = torch.optim.AdamW(
+        parameters,
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        weight_decay=config.weight_decay,
+        fused=device.type in ("cpu", "cuda"),
+    )
+    first, tokens, seconds = _begin(folder, model, optimizer, identity, config.seed, resume)
+    metrics = Metrics(folder / "metrics.jsonl", first)
+    was_training = model.training
+    model.train()
+    if hasattr(model, "activation_checkpointing"):
+        model.activation_checkpointing = config.activation_checkpointing
+    began = time.perf_counter() - seconds
+    with ProgressLine(total, first, quiet=quiet) as line:
+        for step in range(first, total):
+            step_began = time.perf_counter()
+            items = step_items(config, step, len(data))
+            batches = [collate([data[i] for i in part]) for part in items]
+            losses, norm = _accumulate(model, batches, loss_sum, parameters, config.max_grad_norm, device)
+            if not all(map(math.isfinite, (*losses, norm))):
+                optimizer.zero_grad()
+                raise PosttrainError(_not_finite(step + 1, losses, norm, items, folder))
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(config, step, total)
+            optimizer.step()
+            optimizer.zero_grad()
+            tokens += sum(batch.num_tokens for batch in batches)
+            now = time.perf_counter()
+            entry = {
+                "step": step + 1,
+                "epoch": round((step + 1) / _steps_per_epoch(config, len(data)), 4),
+                "loss": math.fsum(losses),
+                "learning_rate": optimizer.param_groups[0]["lr"],
+                "grad_norm": norm,
+                "tokens": tokens,
+                "tokens_per_second": sum(batch.num_tokens for batch in batches) / (now - step_began),
+                "peak_memory": peak_memory(device),
+                "seconds": now - began,
+            }
+            metrics.add(entry)
+            line.update(entry)
+            if on_step:
+                on_step(entry)
+            if step + 1 == total or (config.save_steps and (step + 1) % config.save_steps == 0):
+                state = {"step": step + 1, "tokens": tokens, "seconds": entry["seconds"], "identity": identity}
+                save_checkpoint(folder, model, optimizer, state)
+                keep_last(folder, config.save_total_limit)
+    entries = read_metrics(folder / "metrics.jsonl")
+    if entries:
+        _plot(folder / "loss.svg", entries)
+    model.train(was_training)
+    return TrainResult(total, tokens, entries)
+
+
+def _begin(folder: Path, model, optimizer, identity: dict, seed: int, resume: bool) -> tuple[int, int, float]:
+    """(steps done, tokens seen, seconds taken): zeros for a fresh run, the last checkpoint's for a resumed one."""
+    done = checkpoints(folder)
+    if not resume or not done:
+        if done:
+            raise PosttrainError(
+                f"{folder} holds {done[-1].name} of an earlier run; resume it (--resume) or give another folder"
+            )
+        torch.manual_seed(seed)
+        return 0, 0, 0.0
+    before = read_state(done[-1])["identity"]
+    if changed := sorted(k for k in before.keys() | identity.keys() if before.get(k) != identity.get(k)):
+        what = "; ".join(f"{k} was {before.get(k)!r} and is {identity.get(k)!r}" for k in changed)
+        raise PosttrainError(f"{done[-1]} belongs to another run: {what}. Set it back, or start in another folder")
+    state = load_checkpoint(done[-1], model, optimizer)
+    return state["step"], state["tokens"], state["seconds"]
+
+
+def _accumulate(model, batches, loss_sum, parameters, max_norm: float, device) -> tuple[list[float], float]:
+    """Clipped gradients of the mean loss over all batches' labels. Returns each batch's part of it, and the norm.
+
+    The host waits for the device once, at the end.
+    """
+    count = sum(batch.num_labels for batch in batches)
+    if not count:
+        raise PosttrainError("no token of this step has a label; is the completion missing from the data?")
+    losses = []
+    for batch in batches:
+        loss = loss_sum(model, batch.to(device)) / count
+        loss.backward()
+        losses.append(loss.detach())
+    norm = nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)
+    *losses, norm = torch.stack([*losses, norm.to(losses[0].dtype)]).tolist()
+    return losses, norm
+
+
+def _not_finite(step: int, losses: list[float], norm: float, items: list[list[int]], folder: Path) -> str:
+    bad = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
+    what = f"the gradient's norm is {norm}"
+    if bad is not None:
+        what = f"the loss is {losses[bad]} in micro-batch {bad + 1} of {len(items)}"
+    seen = [i for part in items for i in part] if bad is None else items[bad]
+    done = checkpoints(folder)
+    kept = f"the last good checkpoint is {done[-1]}" if done else "no checkpoint had been written yet"
+    return (
+        f"step {step}: {what} (items {', '.join(map(str, seen))} of the data); stopped before the weights changed, and {kept}. "
+        "Lower learning_rate, lengthen the warm-up, or look at those items"
+    )
+
+
+def _plot(path: Path, entries: list[dict[str, Any]]) -> None:
+    points = [(e["step"], e["loss"]) for e in entries]
+    window = max(1, len(points) // 20)
+    smooth = running_mean([y for _, y in points], window)
+    series = {"loss": points}
+    if window > 1:
+        series[f"mean of {window} steps"] = [(x, y) for (x, _), y in zip(points, smooth, strict=True)]
+    line_chart(path, series, "Training loss", "step", "nats per token")
