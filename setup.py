@@ -9,7 +9,7 @@ native = Extension(
     "posttrain.kernels.cpu._native",
     sources=sorted(glob("kernels/cpu/*.c")),
     depends=sorted(glob("kernels/cpu/*.h")),
-    extra_compile_args=["-O3", "-std=gnu11", "-fopenmp", "-ffp-contract=off", "-fno-math-errno"],
+    extra_compile_args=["-O3", "-std=gnu11", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"],
     optional=True,
 )
 setup(ext_modules=[native] if native.sources else [])

@@ -1,14 +1,21 @@
 """The CPU engine: native C where it was built, else PyTorch. Which one runs is fixed at import; `describe()` tells."""
 from __future__ import annotations
 
-from .pytorch import (
-    dequantize_4bit,
-    double_dequantize,
-    double_quantize,
-    linear_4bit,
-    linear_4bit_dx,
-    quantize_4bit,
-)
+from importlib.util import find_spec
+
+import torch
+
+if find_spec("._native", __package__) is not None:
+    from . import native as engine
+else:
+    from . import pytorch as engine  # type: ignore[no-redef]
+
+quantize_4bit = engine.quantize_4bit
+dequantize_4bit = engine.dequantize_4bit
+double_quantize = engine.double_quantize
+double_dequantize = engine.double_dequantize
+linear_4bit = engine.linear_4bit
+linear_4bit_dx = engine.linear_4bit_dx
 
 __all__ = [
     "dequantize_4bit",
@@ -21,6 +28,11 @@ __all__ = [
 ]
 
 
-def describe() -> dict[str, str]:
-    """Which CPU engine runs and why, for `posttrain doctor`."""
-    return {"engine": "pytorch", "isa": "-", "why": "the native extension was not built"}
+def describe() -> dict[str, str | int]:
+    """Which CPU engine runs and why, for `posttrain doctor`: engine, isa, threads, why."""
+    threads = torch.get_num_threads()
+    if engine.__name__.endswith("pytorch"):
+        why = "the native extension was not built: install a C compiler, then reinstall"
+        return {"engine": "pytorch", "isa": "-", "threads": threads, "why": why}
+    why = f"the best of this machine's {', '.join(engine.levels())}; {engine.THREADING}"
+    return {"engine": "native", "isa": engine.ISA, "threads": threads, "why": why}

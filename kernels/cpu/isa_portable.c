@@ -1,0 +1,4 @@
+/* Plain C, for any machine. */
+#define ISA portable
+#include "simd_portable.h"
+#include "template.h"

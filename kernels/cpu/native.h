@@ -1,0 +1,101 @@
+/* What the C files of the native CPU engine share: dtypes, the 4-bit weight, the functions each instruction set provides. */
+#ifndef POSTTRAIN_NATIVE_H
+#define POSTTRAIN_NATIVE_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+/* FLOAT32, FLOAT16, BFLOAT16 name a tensor's dtype, and the dtype a decoded value is rounded to. */
+enum { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2 };
+
+/* The tables Python hands over once (kernels/codebooks.py is their one definition), and what set_codebooks derives from
+ * them. Scaled values in [-1, 1] (NF4) or magnitudes in [0, 1] (FP4) fall into 32 equal buckets, each holding at most one
+ * threshold, so that a code is one table entry and one comparison: rank = bucket_rank[b] + (s > bucket_threshold[b]). */
+typedef struct {
+    float values[16];           /* code -> value */
+    int thresholds_count;       /* 15 for NF4, 7 for FP4 */
+    float thresholds[15];       /* ascending midpoints; of magnitudes for FP4 */
+    int32_t rank_codes[16];     /* rank among the values (FP4: the magnitudes) -> code */
+    int is_signed;              /* NF4: thresholds are signed; FP4: sign bit 8 + magnitude */
+    float bucket_scale, bucket_shift; /* bucket = (int)(s * bucket_scale + bucket_shift) */
+    float bucket_threshold[32];
+    int32_t bucket_rank[32];
+} codebook;
+
+extern codebook codebooks[2]; /* 0: NF4, 1: FP4 */
+extern float dynamic_map[256], dynamic_thresholds[255];
+
+/* A weight in 4 bits: element i (flattened) is nibble i of packed, high nibble first; its block is i / block_size. */
+typedef struct {
+    const uint8_t *packed;
+    const void *absmax;         /* float32, or uint8 codes when nested_absmax is not NULL */
+    const float *nested_absmax; /* absmax_b = dynamic_map[code_b] * nested_absmax[b / nested_block_size] + offset */
+    float offset;
+    int64_t nested_block_size, block_size;
+    const codebook *book;
+} weight;
+
+/* One instruction set's inner loops. Every set returns the same bytes from the first five; sums may differ in rounding. */
+typedef struct {
+    const char *name;
+    /* Quantizes blocks [first, last) of x (n elements, dtype) into packed and absmax. */
+    void (*quantize)(const void *x, int dtype, int64_t n, int64_t block_size, const codebook *book, int64_t first,
+                     int64_t last, uint8_t *packed, float *absmax);
+    /* absmax of blocks [first, first + count) as float32. */
+    void (*decode_absmax)(const weight *w, int64_t first, int64_t count, float *out);
+    /* Elements [start, start + count), rounded to dtype, written in dtype. `absmax[0]` belongs to block start / block_size. */
+    void (*dequantize)(const weight *w, const float *absmax, int64_t start, int64_t count, int dtype, void *out);
+    /* The same, widened again to float32 after the rounding: what the fp32 dot products read. */
+    void (*dequantize_wide)(const weight *w, const float *absmax, int64_t start, int64_t count, int dtype, float *out);
+    /* Codes of blocks [first, last) of nested_block_size absmax values around `offset`. */
+    void (*double_quantize)(const float *absmax, int64_t n, int64_t block_size, float offset, int64_t first, int64_t last,
+                            uint8_t *codes, float *nested_absmax);
+    void (*widen)(const void *x, int dtype, int64_t n, float *out);
+    void (*narrow)(const float *x, int dtype, int64_t n, void *out);
+    /* dots[r * M + m] += sum_k w[r * stride + k] * x[m * ldx + k] for 4 rows of w. */
+    void (*dots)(const float *w, int64_t stride, const float *x, int64_t ldx, int64_t M, int64_t K, float *dots);
+    /* acc[m * ldacc + k] += sum_r dy[m * lddy + r] * w[r * stride + k] for `rows` rows of w. */
+    void (*axpys)(const float *w, int64_t stride, int64_t rows, const float *dy, int64_t lddy, int64_t M, int64_t K,
+                  float *acc, int64_t ldacc);
+} isa;
+
+extern const isa isa_portable, isa_avx2, isa_avx512, isa_neon;
+
+/* ceil(a / b), and the start of part i when n things are cut into `parts` runs of whole `unit`s. */
+static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static inline int64_t part_start(int64_t n, int64_t unit, int64_t part, int64_t parts) {
+    int64_t start = ceil_div(n, unit) * part / parts * unit;
+    return start < n ? start : n;
+}
+
+/* runtime.c */
+typedef void (*task)(void *context, int64_t thread, int64_t threads);
+void run_parallel(task function, void *context, int64_t threads);
+/* 64-byte aligned memory of the calling thread, kept for its next call; `slot` < SCRATCH_SLOTS. NULL when out of memory. */
+enum { SCRATCH_SLOTS = 4 };
+void *scratch(int slot, size_t bytes);
+
+/* One product with the weight: y = x W^T + bias, x (M, K), y (M, N); or, in the *_dx functions, x holds dY (M, N), y is
+ * dX (M, K) = dY W and bias is NULL. x, y and bias are contiguous in `dtype`. The functions return 0, or -1 out of memory. */
+typedef struct {
+    const void *x, *bias;
+    void *y;
+    int dtype;
+    int64_t M, N, K, threads;
+    const weight *w;
+    const isa *engine;
+} linear_args;
+
+int wide_linear(const linear_args *a);
+int wide_linear_dx(const linear_args *a);
+
+/* Special units of some machines, bfloat16 only; `usable` says whether they take this shape. */
+int dot_bf16_usable(const linear_args *a);
+int dot_bf16_linear(const linear_args *a);
+int amx_available(void);
+int amx_usable(const linear_args *a);
+int amx_linear(const linear_args *a);
+int amx_dx_usable(const linear_args *a);
+int amx_linear_dx(const linear_args *a);
+
+#endif
