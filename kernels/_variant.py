@@ -10,7 +10,8 @@ class Variant:
     """`signature` maps every argument to "*bf16", "i32", ... or "constexpr"; `constexprs` holds the latter's values.
 
     Every pointer is taken to be aligned to 16 bytes, as torch allocates; an integer that is a multiple of 16 is written
-    "i32:16", as triton specialises on it at launch. `backends` names the compilers that can be asked for this variant.
+    "i32:16", as triton specialises on it at launch. `backends` names the compilers that can be asked for this variant;
+    `archs` the only architectures (80, 90, "gfx942", ...) it is launched on, where that is not all of them.
     """
 
     name: str
@@ -21,3 +22,4 @@ class Variant:
     num_stages: int = 2
     options: dict[str, Any] = field(default_factory=dict)
     backends: tuple[str, ...] = ("cuda", "hip")
+    archs: tuple[int | str, ...] = ()

@@ -1,0 +1,201 @@
+"""x W^T with W in 4 bits on tensor cores: a GEMM that decodes its weights in registers, for tens to hundreds of rows.
+
+    y[m, n] = sum_k round(value[code[n, k]] * absmax[n, b(k)]) * x[m, k] + bias[n]         round: once, to x's dtype
+
+x          float32 | float16 | bfloat16 (M, K)   any row stride
+packed     uint8 (N K / 2,)                      two codes a byte, the first element in the high nibble; K % 32 == 0
+absmax     float32 (ceil(N K / block_size),)     or uint8 codes of it (double quantization)
+y          x's dtype (M, N)
+
+The weights are exactly those of `dequantize`, so a row of y differs from the unfused one by the order of its sum alone.
+How: the product is computed transposed, W x^T, with W as the tensor core's first operand, which every NVIDIA generation
+takes from registers. Lane 4 a + q of a warp holds row a of an 8-row tile in that operand, so it loads 32 consecutive
+weights of that row (16 bytes), chunk q of the tile's 128 columns, decodes them where they are, and they *are* the fragment:
+weights pass through no shared memory. That fixes which columns a fragment holds, a permutation of k; a sum over k does not
+care, so x is loaded with its columns permuted in the same way (`columns` below). K_WIDTH is the number of consecutive k a lane
+holds in a fragment: 8 for mma.sync (x then comes in 16-byte pieces), 2 for wgmma.
+
+Least bytes: those of `quantized_linear_decode`, with x read once for each column of programs.
+Least instructions per weight of a tile of BLOCK_M rows, a lane's: cut out the code 1, look it up 1, multiply 1, convert 1/2;
+one MMA (16 x 8 x 16) for every 128 weights and 8 rows of x. M = 16: 3.5 / 32 + 2 / 256 = 0.117 warp instructions; M = 64: 0.141.
+Oracle: reference/quantized_linear.py.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from . import codebooks
+from ._lookup import decode_absmax
+from ._split_k import add_parts_triton
+from ._triton import backend, on_device_of, tl, triton
+from ._variant import Variant
+from .quantized_linear_decode import split4
+
+WARPS = 4
+BLOCK_N = 16 * WARPS
+NUM_STAGES = 3
+BLOCK_K = tl.constexpr(128)
+
+
+@triton.jit
+def _join32(v):
+    """32 tensors (WARPS, LANES) -> (WARPS, LANES, 2, 2, 2, 2, 2), the lowest bit of the index first; a lane keeps what it has."""
+    for _ in tl.static_range(5):
+        half = ()
+        for i in tl.static_range(len(v) // 2):
+            half = half + (tl.join(v[2 * i], v[2 * i + 1]),)
+        v = half
+    return v[0]
+
+
+@triton.jit
+def _quantized_linear_gemm_kernel(
+    x_ptr, packed_ptr, absmax_ptr, dynamic_map_ptr, nested_absmax_ptr, nested_offset_ptr, values_ptr, bias_ptr, y_ptr,
+    M, N, K, stride_xm, tiles_per_part, block_shift,
+    NESTED_BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT_K: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, TILES_M: tl.constexpr, K_WIDTH: tl.constexpr, WARPS: tl.constexpr,
+):  # fmt: skip
+    # One program owns 16 WARPS rows of W, TILES_M tiles of BLOCK_M rows of x and one of SPLIT_K parts of K.
+    # y is (M, N), or float32 partial sums (SPLIT_K, M, N).
+    BLOCK_N: tl.constexpr = 16 * WARPS
+    warp = tl.arange(0, WARPS)[:, None]
+    lane = tl.arange(0, 32)[None, :]
+    table = tl.load(values_ptr + lane % 16 + warp * 0)
+    everywhere = tl.full((WARPS, 32), True, tl.int1)
+    word_ptr = packed_ptr.to(tl.pointer_type(tl.int32))
+    chunks = K // 32
+    n0 = tl.program_id(0) * BLOCK_N
+    m0 = tl.program_id(1) * BLOCK_M * TILES_M
+    begin = tl.program_id(2) * tiles_per_part * 128
+    end = tl.minimum(begin + tiles_per_part * 128, K)
+
+    # element u of group s of lane q's 32 weights sits in column (s, q, u) of the tile
+    column = tl.arange(0, BLOCK_K)
+    columns = column // K_WIDTH % 4 * 32 + column // (4 * K_WIDTH) * K_WIDTH + column % K_WIDTH
+    columns = tl.max_contiguous(tl.multiple_of(columns, K_WIDTH), K_WIDTH)
+    acc = ()
+    for _ in tl.static_range(TILES_M):
+        acc = acc + (tl.zeros((BLOCK_N, BLOCK_M), tl.float32),)
+    for k0 in range(begin, end, BLOCK_K):
+        c = k0 // 32 + lane % 4
+        inside = c < chunks
+        if not EVEN_K:
+            c = tl.minimum(c, chunks - 1)
+        halves = ()
+        for i in tl.static_range(2):
+            # rows past N repeat the last one; nothing of theirs is stored
+            n = tl.minimum(n0 + warp * 16 + i * 8 + lane // 4, N - 1)
+            chunk = n * chunks + c  # below 2^31 for 2^36 weights: the launcher's limit
+            words = split4(tl.load(word_ptr + (chunk.to(tl.int64) * 4)[:, :, None] + tl.arange(0, 4)[None, None, :]), WARPS, 32)
+            absmax = decode_absmax(
+                absmax_ptr, chunk.to(tl.uint32) >> block_shift, everywhere,
+                dynamic_map_ptr, nested_absmax_ptr, nested_offset_ptr, NESTED_BLOCK,
+            )  # fmt: skip
+            if not EVEN_K:
+                absmax = tl.where(inside, absmax, 0.0)
+            weights = ()
+            for t in tl.static_range(32):  # element t of the chunk: byte t // 2, the high nibble first
+                code = (words[t // 8] >> (t % 8 // 2 * 8 + 4 - 4 * (t % 2))) & 15
+                weights = weights + ((tl.gather(table, code, 1) * absmax).to(x_ptr.dtype.element_ty),)
+            halves = halves + (_join32(weights),)
+        # axes: warp, row a, chunk q, element t bit by bit (lowest first), half i -> (warp, i, a) by (s, q, u)
+        w = tl.join(halves[0], halves[1]).reshape(WARPS, 8, 4, 2, 2, 2, 2, 2, 2)
+        if K_WIDTH == 8:
+            w = w.permute(0, 8, 1, 7, 6, 2, 5, 4, 3)
+        else:
+            w = w.permute(0, 8, 1, 7, 6, 5, 4, 2, 3)
+        w = w.reshape(BLOCK_N, BLOCK_K)
+        sums = ()
+        for j in tl.static_range(TILES_M):
+            offs_m = m0 + j * BLOCK_M + tl.arange(0, BLOCK_M)
+            mask = (offs_m < M)[:, None]
+            if not EVEN_K:
+                mask = mask & (k0 + columns < K)[None, :]
+            x = tl.load(x_ptr + offs_m[:, None].to(tl.int64) * stride_xm + (k0 + columns)[None, :], mask=mask, other=0.0)
+            sums = sums + (tl.dot(w, tl.trans(x), acc[j], input_precision="ieee"),)
+        acc = sums
+
+    offs_n = n0 + tl.arange(0, BLOCK_N)
+    for j in tl.static_range(TILES_M):
+        offs_m = m0 + j * BLOCK_M + tl.arange(0, BLOCK_M)
+        y = tl.trans(acc[j])
+        if HAS_BIAS:
+            y += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
+        row = tl.program_id(2).to(tl.int64) * M + offs_m
+        mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
+        tl.store(y_ptr + row[:, None] * N + offs_n[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def gemm_tile(M: int, backend_name: str, arch: int | str) -> tuple[int, int, int]:
+    """(BLOCK_M, TILES_M, K_WIDTH) for M rows. mma.sync lays four warps along W's rows only for tiles of 16 rows of x, so a
+    program takes several; wgmma and tcgen05 take up to 64 at once, wgmma in fragments of two consecutive k."""
+    rows = next((r for r in (16, 32, 64) if M <= r), 64)
+    if backend_name == "cuda" and 90 <= arch < 120:
+        return rows, 1, 2 if arch < 100 else 8
+    return 16, rows // 16, 8
+
+
+def _current_arch() -> tuple[str, int | str]:
+    if backend() == "interpreter":
+        return "interpreter", 0
+    target = triton.runtime.driver.active.get_current_target()
+    return target.backend, target.arch
+
+
+def quantized_linear_gemm_triton(
+    x: Tensor, packed: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_offset: Tensor | None,
+    nested_block_size: int, bias: Tensor | None, N: int, K: int, block_size: int, quant_type: str, split_k: int = 1,
+) -> Tensor:  # fmt: skip
+    """Launch the GEMM on x (M, K), K a multiple of 32 and packed aligned to 16 bytes. Returns (M, N) in x's dtype."""
+    M = x.shape[0]
+    y = x.new_empty(M, N)
+    out = y if split_k == 1 else x.new_empty(split_k, M, N, dtype=torch.float32)
+    block_m, tiles_m, k_width = gemm_tile(M, *_current_arch())
+    nested_block = 0 if nested_absmax is None else nested_block_size
+    with on_device_of(x):
+        _quantized_linear_gemm_kernel[(triton.cdiv(N, BLOCK_N), triton.cdiv(M, block_m * tiles_m), split_k)](
+            x, packed, absmax, codebooks.on("DYNAMIC_MAP", x.device) if nested_block else None, nested_absmax, nested_offset,
+            codebooks.on(quant_type.upper(), x.device), bias if split_k == 1 else None, out,
+            M, N, K, x.stride(0), triton.cdiv(triton.cdiv(K, 128), split_k), (block_size // 32).bit_length() - 1,
+            NESTED_BLOCK=nested_block, HAS_BIAS=bias is not None and split_k == 1, SPLIT_K=split_k, EVEN_K=K % 128 == 0,
+            BLOCK_M=block_m, TILES_M=tiles_m, K_WIDTH=k_width, WARPS=WARPS,
+            num_warps=WARPS, num_stages=NUM_STAGES, enable_fp_fusion=False,
+        )  # fmt: skip
+        if split_k > 1:
+            add_parts_triton(out, bias, y)
+    return y
+
+
+def aot_variants() -> Iterator[Variant]:
+    """Every tile of every target in bf16 and fp16; nested and plain, split and not, K even and ragged for the smallest."""
+    pointers = ("x", "packed", "absmax", "dynamic_map", "nested_absmax", "nested_offset", "values", "bias", "y")
+    archs = (("cuda", 80), ("cuda", 90), ("cuda", 100), ("hip", "gfx942"))
+    tiles = [(backend_name, arch, M) for backend_name, arch in archs for M in (16, 32, 64)]
+    for backend_name, arch, M in tiles:
+        for dtype in ("bf16", "fp16"):
+            for nested, split_k, even_k in ((True, 1, True), (True, 4, True), (False, 1, False)):
+                block_m, tiles_m, k_width = gemm_tile(M, backend_name, arch)
+                types = dict.fromkeys(pointers, "*fp32") | {"x": f"*{dtype}", "packed": "*u8", "bias": f"*{dtype}"}
+                types["absmax"] = "*u8" if nested else "*fp32"
+                types["y"] = f"*{dtype}" if split_k == 1 else "*fp32"
+                signature = {f"{name}_ptr": types[name] for name in pointers}
+                signature |= {"M": "i32", "N": "i32:16", "K": "i32:16", "stride_xm": "i32:16"}
+                signature |= {"tiles_per_part": "i32", "block_shift": "i32"}
+                constexprs = {
+                    "NESTED_BLOCK": 256 if nested else 0, "HAS_BIAS": split_k == 1, "SPLIT_K": split_k, "EVEN_K": even_k,
+                    "BLOCK_M": block_m, "TILES_M": tiles_m, "K_WIDTH": k_width, "WARPS": WARPS,
+                }  # fmt: skip
+                yield Variant(
+                    f"quantized_linear_gemm {backend_name} {arch} {dtype} M={M} nested={nested} split_k={split_k}",
+                    _quantized_linear_gemm_kernel,
+                    signature | dict.fromkeys(constexprs, "constexpr"),
+                    constexprs,
+                    num_warps=WARPS,
+                    num_stages=NUM_STAGES,
+                    options={"enable_fp_fusion": False},
+                    backends=(backend_name,),
+                    archs=(arch,),
+                )

@@ -1,0 +1,101 @@
+"""Which kernel computes x W^T on a GPU: a roofline of each way, as one function of (M, N, K, dtype, target).
+
+Fused kernels read 4 bits a weight but decode W again for every tile of rows; dequantizing first writes W whole and reads it
+back in 16 bits, once, and then runs at the vendor GEMM's speed. So with bytes over bandwidth B, warp instructions over issue
+rate I and multiply-adds over peak P, per weight:
+
+    decode      max(0.516 / B, i_1 ceil(M / 4) / I)           float32 sums on the ordinary cores; M = 1, and fp32 x
+    gemm        max(0.516 / B, i_64 ceil(M / 64) / I, 2 M / (P / 2))
+    dequantize  (0.516 + 2 itemsize) / B + 2 M / (0.8 P)
+
+The instruction counts are the emulator's (`make counters`). What one half and 0.8 of peak stand for is an assumption, not a
+measurement: a GEMM that decodes between its MMAs, and a vendor's. They put the crossing near M = 500 on an A100 and 700 on an H100;
+bitsandbytes, whose thresholds were measured on GPUs, dequantizes above M = 1536 (256 on ROCm), for fp32 from M = 8.
+"""
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from ._triton import triton
+
+
+class Target(NamedTuple):
+    """A GPU by its data sheet: bytes/s of memory, warp instructions/s (SMs x 4 x clock), dense multiply-add flop/s, 16 bit and fp32."""
+
+    sms: int
+    bandwidth: float
+    issue_rate: float
+    flops: float
+    flops_fp32: float
+
+
+class Plan(NamedTuple):
+    kernel: str  # "decode", "gemm" or "dequantize"
+    split_k: int = 1
+
+
+A100 = Target(108, 2.04e12, 108 * 4 * 1.41e9, 312e12, 19.5e12)
+H100 = Target(132, 3.35e12, 132 * 4 * 1.75e9, 989e12, 67e12)
+B200 = Target(148, 8.0e12, 148 * 4 * 1.85e9, 2250e12, 80e12)
+MI300X = Target(304, 5.3e12, 304 * 4 * 2.1e9, 1307e12, 163e12)
+TARGETS = {("cuda", 80): A100, ("cuda", 90): H100, ("cuda", 100): B200, ("hip", "gfx942"): MI300X}
+
+GROUP = 32  # weights that a lane loads at once and that lie in one block: K must be a multiple
+PACKED_BYTES = 0.516  # of a weight at block size 64, nested absmax
+DECODE_INSTRUCTIONS = {1: 0.18, 2: 0.23, 4: 0.33}  # warp instructions per weight, by rows of x that share a decoding
+GEMM_INSTRUCTIONS = {16: 0.17, 32: 0.19, 64: 0.23}
+LATENCY = 1e-6  # seconds from a load to its data under load: what Little's law multiplies the bandwidth by
+DECODE_IN_FLIGHT, GEMM_IN_FLIGHT = 2048, 8192  # bytes of W that one program keeps on their way
+DECODE_STEP, GEMM_STEP = 1024, 256  # the least K worth a program's while
+MAX_SPLIT_K = 16
+
+
+def current_target() -> Target:
+    """The data sheet of the GPU that kernels are launched on; an unknown one is taken for the nearest older one here."""
+    target = triton.runtime.driver.active.get_current_target()
+    if target.backend == "hip":
+        return MI300X
+    return B200 if target.arch >= 100 else H100 if target.arch >= 90 else A100
+
+
+def tile_rows(instructions: dict[int, float], M: int) -> int:
+    """The smallest tile that holds M rows, or the largest there is."""
+    return next((rows for rows in instructions if M <= rows), max(instructions))
+
+
+def _split_k(programs: int, K: int, in_flight: int, step: int, target: Target) -> int:
+    """Parts of K, a power of two, that put enough bytes in flight to cover the latency at full bandwidth (Little's law)."""
+    wanted = target.bandwidth * LATENCY / in_flight
+    split_k = 1
+    while split_k < MAX_SPLIT_K and programs * split_k < wanted and K >= 2 * split_k * step:
+        split_k *= 2
+    return split_k
+
+
+def plan(M: int, N: int, K: int, dtype: torch.dtype, target: Target) -> Plan:
+    """The kernel with the least modelled time for M rows of x against a weight (N, K), and into how many parts it cuts K."""
+    if K % GROUP or N * K >= 2**36:
+        return Plan("dequantize")  # a lane's 32 weights would straddle rows; or chunk numbers would pass 31 bits
+    half = dtype != torch.float32
+    itemsize = 2 if half else 4
+    read = PACKED_BYTES / target.bandwidth
+    rows = tile_rows(DECODE_INSTRUCTIONS, M)
+    decode = max(read, DECODE_INSTRUCTIONS[rows] * math.ceil(M / rows) / target.issue_rate)
+    dequantize = (PACKED_BYTES + 2 * itemsize) / target.bandwidth
+    dequantize += 2 * M / (0.8 * (target.flops if half else target.flops_fp32))
+    seconds = {"decode": decode, "dequantize": dequantize}
+    if half and M > 1:
+        tile = tile_rows(GEMM_INSTRUCTIONS, M)
+        issue = GEMM_INSTRUCTIONS[tile] * math.ceil(M / tile) / target.issue_rate
+        seconds = {"gemm": max(read, issue, 2 * M / (target.flops / 2)), "dequantize": dequantize}
+    kernel = min(seconds, key=seconds.__getitem__)
+    if kernel == "dequantize":
+        return Plan(kernel)
+    if kernel == "decode":
+        programs = math.ceil(N / (4 if rows == 1 else 8)) * math.ceil(M / rows)
+        return Plan(kernel, _split_k(programs, K, DECODE_IN_FLIGHT, DECODE_STEP, target))
+    programs = math.ceil(N / 64) * math.ceil(M / tile)
+    return Plan(kernel, _split_k(programs, K, GEMM_IN_FLIGHT, GEMM_STEP, target))
