@@ -15,7 +15,7 @@ from ._triton import tl, triton
 
 
 def _product_table_asm(values: list[float], dtype: str) -> str:
-    """PTX: $8 is absmax; $0..$3 get the low bytes of the 16 products, four a register in code order, $4..$7 the high bytes."""
+    """PTX: $8 is absmax; $0..$3 get the 16 products' low bytes, four a register in code order, $4..$7 their high bytes."""
     lines = ["{", ".reg .f32 p<16>;", ".reg .b32 h<8>;"]
     for i, value in enumerate(values):
         lines.append(f"mul.rn.f32 p{i}, $8, 0f{struct.unpack('<I', struct.pack('<f', value))[0]:08X};")
@@ -29,8 +29,8 @@ def _product_table_asm(values: list[float], dtype: str) -> str:
 def _lookup_word_asm() -> str:
     """PTX: $4 holds eight codes (four packed bytes), $5..$12 the table; $0..$3 get the eight values, two a register.
 
-    PRMT reads the low 16 bits of its selector, a nibble for each result byte: `s` are the codes' low three bits, `m` picks
-    between the table's halves by the codes' high bit. A byte's high nibble comes first, so elements lie 1, 0, 3, 2.
+    PRMT reads the low 16 bits of its selector, a nibble for each result byte: `s` holds the codes' low three bits, `m`
+    picks between the table's halves by the codes' high bit. The high nibble comes first, so elements lie 1, 0, 3, 2.
     """
     lines = ["{", ".reg .b32 s0, s1, m0, m1, a, b, low, high;"]
     lines += ["and.b32 s0, $4, 0x77777777;", "shr.u32 s1, s0, 16;"]
@@ -53,8 +53,10 @@ _LOOKUP_WORD = tl.constexpr(_lookup_word_asm())
 
 
 @triton.jit
-def decode_absmax(absmax_ptr, block, mask, dynamic_map_ptr, nested_absmax_ptr, nested_offset_ptr, NESTED_BLOCK: tl.constexpr):
-    """absmax float32 of `block` (any shape). NESTED_BLOCK 0: absmax_ptr holds it; else its codes: map[code] * nested + offset."""
+def decode_absmax(
+    absmax_ptr, block, mask, dynamic_map_ptr, nested_absmax_ptr, nested_offset_ptr, NESTED_BLOCK: tl.constexpr
+):
+    """absmax float32 of `block` (any shape): what absmax_ptr holds if NESTED_BLOCK is 0, else map[code] * nested + offset."""
     if NESTED_BLOCK == 0:
         absmax = tl.load(absmax_ptr + block, mask=mask, other=0.0)
     else:  # two roundings: every launch sets enable_fp_fusion=False
@@ -66,7 +68,7 @@ def decode_absmax(absmax_ptr, block, mask, dynamic_map_ptr, nested_absmax_ptr, n
 
 @triton.jit
 def product_table(absmax, QUANT_TYPE: tl.constexpr, DTYPE: tl.constexpr):
-    """Eight int32 registers per element of absmax: the bytes of its 16 products in DTYPE (bfloat16 or float16). NVIDIA only."""
+    """Eight int32 per element of absmax: the bytes of its 16 products in DTYPE (bfloat16 or float16). NVIDIA only."""
     if QUANT_TYPE == "nf4":
         asm: tl.constexpr = _NF4_BF16 if DTYPE == tl.bfloat16 else _NF4_FP16
     else:
@@ -78,7 +80,7 @@ def product_table(absmax, QUANT_TYPE: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def lookup_word(word, t0, t1, t2, t3, t4, t5, t6, t7):
-    """The eight values of a packed int32 word, as four int32 of two 16-bit values each, in memory order. NVIDIA only."""
+    """The eight values of a packed int32 word, as four int32 of two 16-bit values, in memory order. NVIDIA only."""
     return tl.inline_asm_elementwise(
         _LOOKUP_WORD, "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,r", [word, t0, t1, t2, t3, t4, t5, t6, t7],
         dtype=(tl.int32,) * 4, is_pure=True, pack=1,

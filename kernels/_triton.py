@@ -27,7 +27,7 @@ except ModuleNotFoundError:
 
 
 def backend() -> str:
-    """Who runs a launched kernel: "cuda", "hip", or "interpreter" (TRITON_INTERPRET=1, when the kernels were decorated)."""
+    """Who runs a launched kernel: "cuda", "hip", or "interpreter" (TRITON_INTERPRET=1 when triton was imported)."""
     if triton.knobs.runtime.interpret:
         return "interpreter"
     return triton.runtime.driver.active.get_current_target().backend

@@ -2,9 +2,10 @@
 
 NF4 (Dettmers et al. 2023, arXiv:2305.14314, section 3 and appendix E) puts its values at quantiles of N(0, 1):
 eight of the positive half, seven of the negative half and an exact zero, divided by the largest. The published values
-come from a float32 linspace; computed in float64 they differ in the last digits, so the derivation below rounds where
-the original does. FP4 is sign, two exponent bits and one mantissa bit, divided by 12; its codes are bit patterns, not ranks.
-The dynamic map (Dettmers et al. 2021, arXiv:2110.02861) gives each decade from 1e-6 to 1 its own evenly spaced fractions.
+come from float32 spacing; computed in float64 they differ in the last digits, so the derivation below rounds where the
+original does. FP4 is sign, two exponent bits and one mantissa bit, divided by 12; its codes are bit patterns, not ranks.
+The dynamic map (Dettmers et al. 2021, arXiv:2110.02861) gives each decade from 1e-6 to 1 its own evenly spaced
+fractions.
 """
 from __future__ import annotations
 
@@ -14,15 +15,22 @@ from statistics import NormalDist
 import torch
 
 
-def _float32_linspace(start: float, stop: float, count: int) -> list[float]:
-    return torch.linspace(start, stop, count, dtype=torch.float32).tolist()
+def _spacing(start: float, stop: float, count: int) -> torch.Tensor:
+    """torch.linspace in float32 as most processors compute it: a rounded step, then one rounding a point.
+
+    Written out in float64, so that the tables do not depend on whether this processor fuses multiply and add.
+    """
+    ends = torch.tensor([start, stop], dtype=torch.float32).double()
+    step = ((ends[1] - ends[0]).float() / (count - 1)).double()
+    i = torch.arange(count)
+    return torch.where(i < count // 2, ends[0] + step * i, ends[1] - step * (count - 1 - i)).float()
 
 
 def _nf4_values() -> torch.Tensor:
     offset = 0.9677083  # 1 - (1/32 + 1/30) / 2: the outermost quantile kept, so that no code falls at infinity
     quantile = NormalDist().inv_cdf
-    positive = [quantile(p) for p in _float32_linspace(offset, 0.5, 9)[:-1]]
-    negative = [-quantile(p) for p in _float32_linspace(offset, 0.5, 8)[:-1]]
+    positive = [quantile(p) for p in _spacing(offset, 0.5, 9)[:-1].tolist()]
+    negative = [-quantile(p) for p in _spacing(offset, 0.5, 8)[:-1].tolist()]
     values = torch.tensor(sorted([*negative, 0.0, *positive]), dtype=torch.float32)
     return values / values.max()
 
@@ -37,7 +45,7 @@ def _fp4_values() -> torch.Tensor:
 def _dynamic_map_values() -> torch.Tensor:
     values = [0.0, 1.0]
     for decade in range(7):
-        edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32)
+        edges = _spacing(0.1, 1.0, 2**decade + 1)
         fractions = ((edges[:-1] + edges[1:]) / 2.0 * 10 ** (decade - 6)).tolist()
         values += fractions + [-f for f in fractions]
     return torch.tensor(sorted(values), dtype=torch.float32)

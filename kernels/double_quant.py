@@ -7,12 +7,12 @@
 absmax     float32 (n,)                             finite and not negative, as quantize_nf4 returns it
 codes      uint8 (n,)                               ranks in the dynamic 8-bit map (256 ascending values)
 nested     float32 (ceil(n / block_size),)          `DoubleQuantized.absmax`
-offset     float32 ()                               torch.mean of absmax: its order of summation is PyTorch's, fixed per device
+offset     float32 ()                               torch.mean(absmax): summed in PyTorch's order, fixed per device
 
 Rounding, all in float32: the centred absmax is multiplied by 1 / max(nested, 1e-38); ties take the lower code; a
-reconstruction is rounded after the product and after the sum. Where absmax is heavy-tailed the nearest code can bring a
-small absmax back negative, which would flip the signs of a whole block of weights: such a code is raised to the smallest
-one that does not. The result is what bitsandbytes stores, and it loads it.
+reconstruction is rounded after the product and after the sum. Where absmax is heavy-tailed the nearest code can bring
+a small absmax back negative, which would flip the signs of a whole block of weights: such a code is raised to the
+smallest one that does not. The format is bitsandbytes', which loads the result.
 
 Least bytes: 8 n to find the mean and quantize, n + 4 n / block_size written; dequantize reads those and writes 4 n.
 Oracle: reference/double_quant.py.
@@ -130,8 +130,8 @@ define(
 def double_quantize(absmax: Tensor, block_size: int = 256) -> DoubleQuantized:
     """Quantize absmax to 8 bits around its mean, in blocks of `block_size` (256 is what bitsandbytes reads).
 
-    absmax: float32 of any shape, taken flat. No reconstruction is negative, however heavy the tail. Raises TypeError for
-    another dtype, ValueError for NaN, infinite or negative values (8 bits cannot carry them) or a block_size below 1.
+    absmax: float32 of any shape, taken flat. No reconstruction is negative, however heavy the tail. Raises TypeError
+    for another dtype, ValueError for NaN, infinite or negative values or a block_size below 1.
     """
     if absmax.dtype != torch.float32:
         raise TypeError(f"absmax is {absmax.dtype}; expected float32, as quantize_nf4 returns it")
@@ -155,7 +155,8 @@ def double_dequantize(dq: DoubleQuantized) -> Tensor:
     n = dq.codes.numel()
     if dq.codes.dtype != torch.uint8 or dq.absmax.dtype != torch.float32 or dq.offset.dtype != torch.float32:
         raise TypeError(
-            f"codes are {dq.codes.dtype}, absmax {dq.absmax.dtype}, offset {dq.offset.dtype}; expected uint8, float32, float32"
+            f"codes are {dq.codes.dtype}, absmax {dq.absmax.dtype}, offset {dq.offset.dtype}; "
+            "expected uint8, float32, float32"
         )
     if dq.absmax.numel() != -(-n // dq.block_size) or dq.offset.numel() != 1:
         raise ValueError(
@@ -167,18 +168,18 @@ def double_dequantize(dq: DoubleQuantized) -> Tensor:
 
 def aot_variants() -> Iterator[Variant]:
     """The configurations that the launchers choose at the block size that is ever stored, 256."""
-    pointers = dict.fromkeys(("dynamic_map_ptr", "upper_ptr", "offset_ptr"), "*fp32")
+    tables = dict.fromkeys(("dynamic_map_ptr", "upper_ptr", "offset_ptr", "nested_ptr"), "*fp32")
     yield Variant(
         "double_quantize",
         _double_quantize_kernel,
-        {"absmax_ptr": "*fp32", **pointers, "codes_ptr": "*u8", "nested_ptr": "*fp32", "n": "i32:16", "block_size": "i32:16"},
+        {"absmax_ptr": "*fp32", **tables, "codes_ptr": "*u8", "n": "i32:16", "block_size": "i32:16"},
         {"TILE": 256},
         options={"enable_fp_fusion": False},
     )
     yield Variant(
         "double_dequantize",
         _double_dequantize_kernel,
-        {"codes_ptr": "*u8", "dynamic_map_ptr": "*fp32", "nested_ptr": "*fp32", "offset_ptr": "*fp32", "out_ptr": "*fp32", "n": "i32:16"},
+        {"codes_ptr": "*u8", **tables, "out_ptr": "*fp32", "n": "i32:16"},
         {"NESTED_BLOCK": 256, "TILE": _DEQUANTIZE_TILE},
         options={"enable_fp_fusion": False},
     )

@@ -1,7 +1,7 @@
-"""Blockwise 4-bit quantization: NF4 and FP4 (QLoRA, Dettmers et al. 2023, arXiv:2305.14314, section 3).
+"""Blockwise 4-bit quantization: NF4 and FP4 (QLoRA, Dettmers et al. 2023, arXiv:2305.14314, sections 2 and 3).
 
-    absmax_b = max_{i in block b} |x_i|                 code_i = argmin_j |x_i / absmax_b - value_j|     (eq. 1, with eq. 4's values)
-    x~_i = value[code_i] * absmax_b                                                                      (eq. 2)
+    absmax_b = max_{i in block b} |x_i|       code_i = argmin_j |x_i / absmax_b - value_j|      (eq. 1, values by eq. 4)
+    x~_i = value[code_i] * absmax_b                                                             (eq. 2)
 
 x          float32 | float16 | bfloat16, any shape  values; blocks run over the flattened tensor
 packed     uint8 (ceil(n / 2),)                     two codes a byte, the first element in the high nibble
@@ -14,7 +14,8 @@ block comes back NaN; an infinity makes absmax infinite, comes back itself, and 
 blocks whose absmax is below 1e-38 are scaled as if it were 1e-38, as bitsandbytes does.
 
 Least bytes: quantize reads itemsize * n and writes n / 2 + 4 n / block_size; dequantize reads n / 2 + 4 n / block_size
-(n / 2 + n / block_size + n / (64 block_size) with double quantization: 4.127 bits a weight at 64) and writes itemsize * n.
+(n / 2 + n / block_size + n / (64 block_size) with double quantization: 4.127 bits a weight at 64) and writes
+itemsize * n.
 Instructions: docs/math/nf4.md counts them; `make counters` measures them.
 Oracle: reference/nf4.py.
 """
@@ -36,14 +37,16 @@ BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 QUANT_TYPES = ("nf4", "fp4")
 
-# A polynomial that predicts a scaled value's code to within one, by least squares through (threshold_j, j + 1/2): at every
-# threshold it is within 0.13 (NF4) or 0.19 (FP4) of j + 1/2, and anything under 1/2 would do. One comparison settles it.
-_NF4_PREDICT = tuple(tl.constexpr(c) for c in (7.1349467, 11.484821, 0.56152564, -4.5676875))
-_N0, _N1, _N2, _N3 = _NF4_PREDICT
-_F0, _F1, _F2 = (tl.constexpr(c) for c in (0.45677888, 11.844481, -5.4927231))
+# A polynomial that predicts a scaled value's code to within one, by least squares through (threshold_j, j + 1/2): at
+# every threshold it is within 0.13 (NF4) or 0.19 (FP4) of j + 1/2, and anything under 1/2 would do. One exact comparison
+# settles the code.
+NF4_PREDICT = (7.1349467, 11.484821, 0.56152564, -4.5676875)
+FP4_PREDICT = (0.45677888, 11.844481, -5.4927231)
+_N0, _N1, _N2, _N3 = (tl.constexpr(c) for c in NF4_PREDICT)
+_F0, _F1, _F2 = (tl.constexpr(c) for c in FP4_PREDICT)
 _FP4_CODES_BY_RANK = tl.constexpr(0x32547610)  # nibble r: the bit pattern of the r-th smallest magnitude
 _QUANTIZE_TILE = 2048  # elements a program owns, where a block is not larger
-_GROUP = tl.constexpr(32)  # weights that share one decoded absmax in dequantization: the smallest block, 16 packed bytes
+_GROUP = tl.constexpr(32)  # weights for which absmax is decoded once: the smallest block, 16 packed bytes
 _GROUPS = 128  # groups a program owns
 
 
@@ -92,8 +95,10 @@ def _quantize_4bit_kernel(
 
 
 @triton.jit
-def _quantize_4bit_short_kernel(x_ptr, upper_ptr, packed_ptr, absmax_ptr, length, TILE: tl.constexpr, QUANT_TYPE: tl.constexpr):
-    # One program owns the last block when it is short: its `length` values are divided by absmax, and end on any nibble.
+def _quantize_4bit_short_kernel(
+    x_ptr, upper_ptr, packed_ptr, absmax_ptr, length, TILE: tl.constexpr, QUANT_TYPE: tl.constexpr
+):
+    # One program owns the last block when it is short: its `length` values are divided, and end on any nibble.
     offs = tl.arange(0, TILE)
     x = tl.load(x_ptr + offs, mask=offs < length, other=0.0).to(tl.float32)
     absmax = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=0).to(tl.float32, bitcast=True)
@@ -122,8 +127,9 @@ def _dequantize_4bit_words_kernel(
     group = tl.arange(0, GROUPS)
     mask = group < left
     absmax = decode_absmax(
-        absmax_ptr, (first + group) >> block_shift, mask, dynamic_map_ptr, nested_absmax_ptr, nested_offset_ptr, NESTED_BLOCK
-    )
+        absmax_ptr, (first + group) >> block_shift, mask,
+        dynamic_map_ptr, nested_absmax_ptr, nested_offset_ptr, NESTED_BLOCK,
+    )  # fmt: skip
     t = product_table(absmax[:, None], QUANT_TYPE, out_ptr.dtype.element_ty)
     offs = group[:, None] * 4 + tl.arange(0, 4)[None, :]
     word_ptr = packed_ptr.to(tl.pointer_type(tl.int32)) + first * 4
@@ -137,8 +143,8 @@ def _dequantize_4bit_words_kernel(
 
 @triton.jit(do_not_specialize=["block_shift"])
 def _dequantize_4bit_kernel(
-    packed_ptr, absmax_ptr, dynamic_map_ptr, nested_absmax_ptr, nested_offset_ptr, values_ptr, out_ptr, n, n_bytes, block_shift,
-    NESTED_BLOCK: tl.constexpr, GROUPS: tl.constexpr,
+    packed_ptr, absmax_ptr, dynamic_map_ptr, nested_absmax_ptr, nested_offset_ptr, values_ptr, out_ptr,
+    n, n_bytes, block_shift, NESTED_BLOCK: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     # One program owns GROUPS groups of 32 weights, any n and any dtype: values are gathered from the 16-entry table.
     first = tl.program_id(0).to(tl.int64) * GROUPS
@@ -183,16 +189,17 @@ def quantize_4bit_triton(x: Tensor, block_size: int, quant_type: str) -> tuple[T
 
 def dequantize_4bit_triton(
     packed: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_offset: Tensor | None, nested_block_size: int,
-    shape, dtype: torch.dtype, block_size: int, quant_type: str,
+    shape, dtype: torch.dtype, block_size: int, quant_type: str, out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Launch a dequantization kernel: by table look-up on NVIDIA for 16-bit output in whole groups, else by gathering."""
+    """Launch a dequantization kernel: byte permutation on NVIDIA for 16-bit output in whole groups, else gathering."""
     packed, absmax = packed.contiguous(), absmax.contiguous()
-    out = packed.new_empty(shape, dtype=dtype)
+    out = packed.new_empty(shape, dtype=dtype) if out is None else out
     n = out.numel()
     if n == 0:
         return out
     nested_block = 0 if nested_absmax is None else nested_block_size
-    source = (packed, absmax, codebooks.on("DYNAMIC_MAP", packed.device) if nested_block else None, nested_absmax, nested_offset)
+    dynamic_map = codebooks.on("DYNAMIC_MAP", packed.device) if nested_block else None
+    source = (packed, absmax, dynamic_map, nested_absmax, nested_offset)
     shift = (block_size // 32).bit_length() - 1
     grid = (triton.cdiv(n, _GROUPS * 32),)
     with on_device_of(packed):
@@ -204,8 +211,8 @@ def dequantize_4bit_triton(
             )  # fmt: skip
         else:
             _dequantize_4bit_kernel[grid](
-                *source, codebooks.on(quant_type.upper(), packed.device), out, n, packed.numel(), shift, nested_block, _GROUPS,
-                num_warps=4, enable_fp_fusion=False,
+                *source, codebooks.on(quant_type.upper(), packed.device), out, n, packed.numel(), shift,
+                nested_block, _GROUPS, num_warps=4, enable_fp_fusion=False,
             )  # fmt: skip
     return out
 
@@ -228,8 +235,8 @@ define(
     CUDA=quantize_4bit_triton,
 )
 define(
-    "dequantize_4bit(Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_offset, int nested_block_size, "
-    "SymInt[] shape, ScalarType dtype, int block_size, str quant_type) -> Tensor",
+    "dequantize_4bit(Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_offset, "
+    "int nested_block_size, SymInt[] shape, ScalarType dtype, int block_size, str quant_type) -> Tensor",
     _dequantize_fake,
     CPU=cpu.dequantize_4bit,
     CUDA=dequantize_4bit_triton,
@@ -238,7 +245,7 @@ define(
 
 def _check_block_size(block_size: int) -> None:
     if block_size not in BLOCK_SIZES:
-        raise ValueError(f"block_size is {block_size!r}; it must be a power of two from 32 to 4096 (64 is the usual one)")
+        raise ValueError(f"block_size is {block_size!r}; expected a power of two from 32 to 4096 (64 is usual)")
 
 
 def _quantize(x: Tensor, block_size: int, quant_type: str) -> tuple[Tensor, Tensor]:
@@ -274,9 +281,9 @@ def _dequantize(packed: Tensor, absmax: Tensor, shape, dtype, block_size: int, q
 def quantize_nf4(x: Tensor, block_size: int = 64) -> tuple[Tensor, Tensor]:
     """Quantize to NF4, 4 bits a value and one float32 absmax a block.
 
-    x: float32, float16 or bfloat16 of any shape and strides. block_size: a power of two from 32 to 4096; blocks run over
-    x flattened, the last may be short. Returns packed uint8 (ceil(n/2),), first element in the high nibble, and absmax
-    float32 (ceil(n/block_size),). Raises TypeError for another dtype, ValueError for another block_size.
+    x: float32, float16 or bfloat16 of any shape and strides. block_size: a power of two from 32 to 4096; blocks run
+    over x flattened, the last may be short. Returns packed uint8 (ceil(n/2),), first element in the high nibble, and
+    absmax float32 (ceil(n/block_size),). Raises TypeError for another dtype, ValueError for another block_size.
     """
     return _quantize(x, block_size, "nf4")
 
@@ -289,8 +296,8 @@ def quantize_fp4(x: Tensor, block_size: int = 64) -> tuple[Tensor, Tensor]:
 def dequantize_nf4(packed: Tensor, absmax: Tensor, shape, dtype: torch.dtype, block_size: int = 64) -> Tensor:
     """The inverse of `quantize_nf4`: value[code] * absmax in float32, rounded once to `dtype`, in `shape`.
 
-    packed: uint8 with ceil(n/2) elements, absmax: float32 with ceil(n/block_size), n = prod(shape), in any shape of their
-    own. Raises TypeError for another dtype, ValueError for lengths that do not fit `shape`, or tensors on two devices.
+    packed: uint8 with ceil(n/2) elements, absmax: float32 with ceil(n/block_size), n = prod(shape), in any shape of
+    their own. Raises TypeError for another dtype, ValueError for lengths that do not fit `shape`, or two devices.
     """
     return _dequantize(packed, absmax, shape, dtype, block_size, "nf4")
 
@@ -322,12 +329,12 @@ def aot_variants() -> Iterator[Variant]:
                 num_warps=8,
                 options={"enable_fp_fusion": False},
             )
+    nesting = ("dynamic_map_ptr", "nested_absmax_ptr", "nested_offset_ptr")
+    integers = {"n": "i32:16", "n_bytes": "i32:16", "block_shift": "i32"}
     for nested in (False, True):
         source = {"packed_ptr": "*u8", "absmax_ptr": "*u8" if nested else "*fp32"}
-        source |= dict.fromkeys(("dynamic_map_ptr", "nested_absmax_ptr", "nested_offset_ptr"), "*fp32" if nested else "constexpr")
-        constants = {"NESTED_BLOCK": 256 if nested else 0, "GROUPS": _GROUPS}
-        if not nested:
-            constants |= dict.fromkeys(("dynamic_map_ptr", "nested_absmax_ptr", "nested_offset_ptr"))
+        source |= dict.fromkeys(nesting, "*fp32" if nested else "constexpr")
+        constants = {"NESTED_BLOCK": 256 if nested else 0, "GROUPS": _GROUPS} | ({} if nested else dict.fromkeys(nesting))
         suffix = "_nested" if nested else ""
         for dtype in ("fp16", "bf16"):
             for quant_type in QUANT_TYPES:
@@ -343,7 +350,7 @@ def aot_variants() -> Iterator[Variant]:
             yield Variant(
                 f"dequantize_gather_{dtype}{suffix}",
                 _dequantize_4bit_kernel,
-                source | {"values_ptr": "*fp32", "out_ptr": f"*{dtype}", "n": "i32:16", "n_bytes": "i32:16", "block_shift": "i32"},
+                source | {"values_ptr": "*fp32", "out_ptr": f"*{dtype}"} | integers,
                 constants,
                 options={"enable_fp_fusion": False},
             )
