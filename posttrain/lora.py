@@ -67,7 +67,10 @@ def target_layers(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
 
 def _check_new_name(model: nn.Module, name: str) -> None:
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ParameterDict, name):
-        raise ValueError(f"{name!r} cannot name an adapter; use letters, digits, '_' and '-'")
+        raise ValueError(
+            f"{name!r} cannot name an adapter; use letters, digits, '_' and '-', "
+            "and no name of a module's own, such as 'train'"
+        )
     if name in adapters(model):
         raise ValueError(f"the model already has an adapter named {name!r}; give another name, or delete_adapter first")
     if is_merged(model):
@@ -112,8 +115,8 @@ def attach(
     model.requires_grad_(False)
     for layer_name, layer in targets.items():
         if not isinstance(layer, LoraLinear):
-            layer = LoraLinear(layer).train(layer.training)
             parent, _, attribute = layer_name.rpartition(".")
+            layer = LoraLinear(layer).train(modules[parent].training)
             setattr(modules[parent], attribute, layer)
         layer.add(name, *values[layer_name], config.scaling(layer_name), config.lora_dropout)
     model.adapter_configs = {**getattr(model, "adapter_configs", {}), name: _written_out(model, config, targets)}

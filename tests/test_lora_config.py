@@ -1,0 +1,88 @@
+"""Which layers a configuration selects, beside PEFT's own answer, and what is refused."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from posttrain.lora_config import LoraConfig, matches
+
+NAMES = [
+    f"model.layers.{i}.{part}"
+    for i in range(12)
+    for part in ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj", "mlp.experts.1.up_proj", "input_layernorm")
+] + ["q_proj", "xq_proj", "lm_head", "model.embed_tokens"]
+CONFIGS = [
+    {"target_modules": ["q_proj"]},
+    {
+        "target_modules": ["q_proj", "down_proj"],
+        "exclude_modules": ["model.layers.1.mlp.down_proj", "layers.2.self_attn.q_proj"],
+    },
+    {"target_modules": ["model.layers.3.self_attn.q_proj"]},
+    {"target_modules": ["self_attn.v_proj"], "exclude_modules": r".*\.1.*"},
+    {"target_modules": r".*layers\.(1|2)\..*_proj"},
+    {"target_modules": r"layers\.1\.self_attn\.q_proj"},
+    {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": 1},
+    {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [0, 11]},
+    {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1], "layers_pattern": "layers"},
+    {"target_modules": ["up_proj"], "layers_to_transform": [1], "layers_pattern": ["experts"]},
+]
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("settings", CONFIGS)
+def test_selects_what_peft_selects(settings):
+    peft = pytest.importorskip("peft")
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    theirs = peft.LoraConfig(**settings)
+    expected = [bool(found) and type(found).__name__ != "_ExcludedModule" for found in
+                (check_target_module_exists(theirs, name) for name in NAMES)]  # fmt: skip
+    assert [matches(LoraConfig(**settings), name) for name in NAMES] == expected
+    assert any(expected) or settings["target_modules"].startswith(
+        "layers"
+    )  # the last: a regex must match from the start
+
+
+@pytest.mark.peers
+def test_patterns_are_looked_up_as_peft_does():
+    other = pytest.importorskip("peft.utils.other")
+    pattern = {"v_proj": 3, r"layers\.1\..*": 5, "model.layers.1.self_attn.q_proj": 7, "proj": 11}
+    config = LoraConfig(r=2, rank_pattern=pattern)
+    for name in NAMES:
+        assert config.rank(name) == pattern.get(other.get_pattern_key(pattern, name), 2)
+
+
+def test_all_linear_leaves_the_head_out():
+    config = LoraConfig(target_modules="All-Linear")
+    assert matches(config, "model.layers.0.mlp.up_proj") and not matches(config, "lm_head")
+
+
+def test_scaling():
+    config = LoraConfig(r=4, lora_alpha=12, rank_pattern={"v_proj": 9}, alpha_pattern={"down_proj": 2})
+    assert [config.scaling(n) for n in ("q_proj", "v_proj", "mlp.down_proj")] == [12 / 4, 12 / 9, 2 / 4]
+    assert LoraConfig(r=9, lora_alpha=12, use_rslora=True).scaling("q_proj") == 12 / math.sqrt(9)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"r": 0}, "r is 0; a rank is a whole number of at least 1"),
+        ({"r": -1}, "r is -1"),
+        ({"r": 2.0}, "r is 2.0"),
+        ({"r": True}, "r is True"),
+        ({"rank_pattern": {"q": 0}}, r"rank_pattern\['q'\] is 0"),
+        ({"lora_dropout": 1.0}, "lora_dropout is 1.0"),
+        ({"lora_dropout": float("nan")}, "lora_dropout is nan"),
+        ({"bias": "all"}, "only bias='none'"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"init_lora_weights": "pissa"}, "'pissa'"),
+        ({"target_modules": []}, "target_modules is empty"),
+        ({"target_modules": "x", "layers_to_transform": 1}, "to be a list"),
+        ({"target_modules": ["x"], "layers_pattern": "layers"}, "say which layers"),
+    ],
+)
+def test_what_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        LoraConfig(**settings)
