@@ -88,4 +88,4 @@ def matches(config: LoraConfig, name: str) -> bool:
         if targets.lower() == "all-linear":
             return name.rpartition(".")[2] != "lm_head"
         return re.fullmatch(targets, name) is not None
-    return _ends_with(name, targets) and _in_layers(config, name)
+    return name in targets or (_ends_with(name, targets) and _in_layers(config, name))
