@@ -11,6 +11,7 @@ quantization, and quantized checkpoints carry it in their safetensors metadata, 
 A 4-bit checkpoint made elsewhere has no dense tensors to sample: its fingerprint starts with "4bit:" and is taken from the packed
 ones, and so equals only its own.
 """
+
 from __future__ import annotations
 
 import hashlib

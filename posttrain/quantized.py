@@ -1,4 +1,5 @@
 """Linear layers whose weight stays in 4 bits."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
@@ -29,7 +30,9 @@ class QuantizedLinear(nn.Module):
     def __init__(self, weight: QuantizedWeight, bias: Tensor | None = None):
         super().__init__()
         if len(weight.shape) != 2:
-            raise ValueError(f"a linear layer's weight has two dimensions, and this one's shape is {tuple(weight.shape)}")
+            raise ValueError(
+                f"a linear layer's weight has two dimensions, and this one's shape is {tuple(weight.shape)}"
+            )
         self.out_features, self.in_features = weight.shape
         *tensors, self._nested_block_size = weight.tensors()
         for name, tensor in zip(_BUFFERS, tensors, strict=True):
@@ -95,7 +98,11 @@ def quantizable_linears(model: nn.Module, skip: Iterable[str] = ("lm_head",)) ->
 
 
 def quantize_model(
-    model: nn.Module, quant_type: str = "nf4", block_size: int = 64, double_quant: bool = True, skip: Iterable[str] = ("lm_head",)
+    model: nn.Module,
+    quant_type: str = "nf4",
+    block_size: int = 64,
+    double_quant: bool = True,
+    skip: Iterable[str] = ("lm_head",),
 ) -> list[str]:
     """Replace every linear layer of a model in memory, one after another; the names of those replaced.
 
@@ -106,7 +113,9 @@ def quantize_model(
     names = []
     for name, linear in list(quantizable_linears(model, skip)):
         parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, QuantizedLinear.from_linear(linear, quant_type, block_size, double_quant))
+        setattr(
+            model.get_submodule(parent), last, QuantizedLinear.from_linear(linear, quant_type, block_size, double_quant)
+        )
         names.append(name)
     return names
 

@@ -1,4 +1,5 @@
 """Small random models of every architecture, for the model tests."""
+
 from __future__ import annotations
 
 import torch

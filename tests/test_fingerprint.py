@@ -1,4 +1,5 @@
 """The base model's fingerprint: what it must not notice, and what it must."""
+
 from __future__ import annotations
 
 import copy

@@ -1,4 +1,5 @@
 """The decoder against transformers, against itself in float64, and its masks, cache and gradients."""
+
 from __future__ import annotations
 
 import copy
@@ -149,7 +150,10 @@ def test_gradients_are_as_accurate_as_transformers(name):
         getattr(output, "logits", output).log_softmax(-1)[..., 5].sum().backward()
     theirs, exact = dict(peer.named_parameters()), dict(wide.named_parameters())
     names = list(dict(model.named_parameters()))
-    gradients = [torch.cat([named[key].grad.flatten() for key in names]) for named in (dict(model.named_parameters()), theirs, exact)]
+    gradients = [
+        torch.cat([named[key].grad.flatten() for key in names])
+        for named in (dict(model.named_parameters()), theirs, exact)
+    ]
     assert_as_accurate(*gradients)
 
 

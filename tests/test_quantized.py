@@ -1,4 +1,5 @@
 """QuantizedLinear: values, gradients, moves between dtypes, state dicts, whole models."""
+
 from __future__ import annotations
 
 import copy

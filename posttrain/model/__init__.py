@@ -1,4 +1,5 @@
 """Decoders of the Llama family: configuration, forward pass, cache, generation, files."""
+
 from .config import ModelConfig, parse_dtype
 from .decoder import CausalLM
 from .generate import generate

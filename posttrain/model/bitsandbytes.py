@@ -4,6 +4,7 @@ A quantized linear layer `L` is stored as L.weight (the packed bytes) and, named
 with double quantization L.weight.nested_absmax and L.weight.nested_quant_map, and L.weight.quant_state.bitsandbytes__nf4 (or
 __fp4), JSON in a uint8 tensor. config.json has a quantization_config of quant_method "bitsandbytes".
 """
+
 from __future__ import annotations
 
 import json
@@ -13,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import PosttrainError
-from ..kernels import DoubleQuantized, QuantizedWeight
-from ..kernels.codebooks import CODEBOOKS, DYNAMIC_MAP
+from posttrain.errors import PosttrainError
+from posttrain.kernels import DoubleQuantized, QuantizedWeight
+from posttrain.kernels.codebooks import CODEBOOKS, DYNAMIC_MAP
+
 from .checkpoint import Checkpoint
 from .config import parse_dtype
 
@@ -48,7 +50,9 @@ def is_statistic(name: str, packed: dict[str, str]) -> bool:
     return bool(separator) and owner in packed and (rest in _STATISTICS or rest.startswith("quant_state."))
 
 
-def read_weight(checkpoint: Checkpoint, linear: str, quant_type: str, packed: Tensor, device: str | torch.device) -> QuantizedWeight:
+def read_weight(
+    checkpoint: Checkpoint, linear: str, quant_type: str, packed: Tensor, device: str | torch.device
+) -> QuantizedWeight:
     """A linear layer's quantized weight from its packed tensor (read already) and the statistics the checkpoint holds for it.
 
     Raises PosttrainError naming the layer when a statistic is missing, malformed, or does not fit the others.
@@ -81,7 +85,9 @@ def read_weight(checkpoint: Checkpoint, linear: str, quant_type: str, packed: Te
     if not torch.equal(statistic("quant_map", torch.float32, 16).cpu(), codebook.cpu()):
         raise fail(f"has a quant_map other than {quant_type}'s")
     numel = math.prod(shape)
-    packed = packed.reshape(-1).view(torch.uint8).to(device)  # quant_storage may have written the bytes as another dtype
+    packed = (
+        packed.reshape(-1).view(torch.uint8).to(device)
+    )  # quant_storage may have written the bytes as another dtype
     if packed.numel() != (numel + 1) // 2:
         raise fail(f"has {packed.numel()} packed bytes; expected {(numel + 1) // 2} for shape {list(shape)}")
     blocks = -(-numel // block_size)

@@ -1,4 +1,5 @@
 """A Hugging Face model directory: config.json and safetensors, whole or in shards with an index."""
+
 from __future__ import annotations
 
 import json
@@ -8,7 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import PosttrainError
+from posttrain.errors import PosttrainError
+
 from .safetensors_file import Entry, SafetensorsReader, write_safetensors
 
 SINGLE = "model.safetensors"
@@ -55,7 +57,9 @@ class Checkpoint:
         index = self.path / INDEX
         if not index.exists():
             if not (self.path / SINGLE).exists():
-                others = ", ".join(sorted(p.name for p in self.path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf")))
+                others = ", ".join(
+                    sorted(p.name for p in self.path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf"))
+                )
                 raise PosttrainError(
                     f"{self.path} holds neither {SINGLE} nor {INDEX}"
                     + (f" (but {others}, which cannot be loaded: convert it to safetensors first)" if others else "")
@@ -64,17 +68,25 @@ class Checkpoint:
             return dict.fromkeys(reader.entries, reader)
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-            raise PosttrainError(f"{index} has no weight_map from tensor names to file names; download or save the model again")
+            raise PosttrainError(
+                f"{index} has no weight_map from tensor names to file names; download or save the model again"
+            )
         where = {}
         for name, file in weight_map.items():
             # A plain name, so that an index cannot make us read elsewhere; Windows' separators count everywhere.
             if not file or file in (".", "..") or any(character in file for character in "/\\:\0"):
-                raise PosttrainError(f"{index} places tensor {name} in {file!r}, which is not a file name in {self.path}")
+                raise PosttrainError(
+                    f"{index} places tensor {name} in {file!r}, which is not a file name in {self.path}"
+                )
             if not (self.path / file).is_file():
-                raise PosttrainError(f"{index} places tensor {name} in {file}, which is not there; download the missing shard")
+                raise PosttrainError(
+                    f"{index} places tensor {name} in {file}, which is not there; download the missing shard"
+                )
             where[name] = self._open(file)
             if name not in where[name].entries:
-                raise PosttrainError(f"{index} places tensor {name} in {file}, which does not hold it; download both again")
+                raise PosttrainError(
+                    f"{index} places tensor {name} in {file}, which does not hold it; download both again"
+                )
         return where
 
     @property

@@ -1,4 +1,5 @@
 """What a decoder of the Llama family is made of, read from and written to Hugging Face's config.json."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass, field
@@ -186,6 +187,8 @@ def _windows(architecture: str, given: dict[str, Any], layers: int) -> tuple[int
         "sliding_attention" if window is not None and i >= first else "full_attention" for i in range(layers)
     ]
     if len(types) != layers or not set(types) <= {"sliding_attention", "full_attention"}:
-        raise ValueError(f"config.json: layer_types has {len(types)} entries {set(types)}; expected {layers} of "
-                         "'full_attention' or 'sliding_attention'")
+        raise ValueError(
+            f"config.json: layer_types has {len(types)} entries {set(types)}; expected {layers} of "
+            "'full_attention' or 'sliding_attention'"
+        )
     return window, tuple(types)

@@ -2,6 +2,7 @@
 
 Parameters carry Hugging Face's names. Shapes: B sequences, T tokens, D hidden_size, V vocab_size, S cached plus new tokens.
 """
+
 from __future__ import annotations
 
 import torch
@@ -150,7 +151,9 @@ class CausalLM(nn.Module):
         past = 0
         if cache is not None:
             if segment_ids is not None:
-                raise ValueError("segment_ids are for packed training batches; they cannot be used together with a cache")
+                raise ValueError(
+                    "segment_ids are for packed training batches; they cannot be used together with a cache"
+                )
             if cache.batch_size != B:
                 raise ValueError(f"input_ids have {B} rows and the cache {cache.batch_size}")
             past = cache.length
@@ -214,5 +217,7 @@ class CausalLM(nn.Module):
             if valid is not None:
                 # Padding sees itself, so that no row is empty: a softmax over nothing is NaN.
                 allowed = (allowed & valid[:, None, :]) | (columns == rows)
-            masks[window] = torch.zeros(allowed.shape, dtype=x.dtype, device=x.device).masked_fill_(~allowed, -torch.inf)[:, None]
+            masks[window] = torch.zeros(allowed.shape, dtype=x.dtype, device=x.device).masked_fill_(
+                ~allowed, -torch.inf
+            )[:, None]
         return masks

@@ -1,4 +1,5 @@
 """Continue prompts: greedy or sampled, one or a batch, token by token."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence

@@ -1,4 +1,5 @@
 """Keys and values of the tokens seen so far, in memory allocated ahead; going back is setting `length`."""
+
 from __future__ import annotations
 
 import torch
@@ -14,7 +15,14 @@ class KVCache:
     `valid` bool (B, capacity) marks the positions that are tokens rather than left padding; None while every one is.
     """
 
-    def __init__(self, config: ModelConfig, batch_size: int, capacity: int, dtype: torch.dtype, device: str | torch.device = "cpu"):
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch_size: int,
+        capacity: int,
+        dtype: torch.dtype,
+        device: str | torch.device = "cpu",
+    ):
         if batch_size < 1 or capacity < 1:
             raise ValueError(f"a cache of {batch_size} rows and {capacity} positions; both must be at least 1")
         self.config, self.batch_size, self.capacity = config, batch_size, capacity

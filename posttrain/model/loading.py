@@ -1,4 +1,5 @@
 """Models from and to Hugging Face directories, tensor by tensor: a model that is quantized on the way is never whole in memory."""
+
 from __future__ import annotations
 
 import os
@@ -9,11 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..atomic import atomic_dir
-from ..errors import PosttrainError
-from ..fingerprint import METADATA_KEY, Fingerprint
-from ..kernels import quantize_weight
-from ..quantized import QuantizedLinear, quantizable_linears
+from posttrain.atomic import atomic_dir
+from posttrain.errors import PosttrainError
+from posttrain.fingerprint import METADATA_KEY, Fingerprint
+from posttrain.kernels import quantize_weight
+from posttrain.quantized import QuantizedLinear, quantizable_linears
+
 from . import bitsandbytes
 from .checkpoint import INDEX, Checkpoint, write_checkpoint
 from .config import DTYPES, ModelConfig, parse_dtype
@@ -92,8 +94,12 @@ def save(model: CausalLM, path: str | os.PathLike, max_shard_bytes: int = 5_000_
         expected = set(CausalLM(model.config).state_dict())
     extra = sorted({group[0][0] for group in groups} ^ expected)
     if extra:
-        raise ValueError(f"the model is not a plain {model.config.architecture}: {_some(extra)}. Merge or save its adapters first")
-    dtype = next(name for name in ("float32", "bfloat16", "float16") if DTYPES[name] == model.model.embed_tokens.weight.dtype)
+        raise ValueError(
+            f"the model is not a plain {model.config.architecture}: {_some(extra)}. Merge or save its adapters first"
+        )
+    dtype = next(
+        name for name in ("float32", "bfloat16", "float16") if DTYPES[name] == model.model.embed_tokens.weight.dtype
+    )
     config = model.config.to_hf() | {"torch_dtype": dtype}
     metadata = {}
     layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
@@ -138,7 +144,9 @@ def _ignored(name: str, config: ModelConfig) -> bool:
 def _check_tensors(checkpoint: Checkpoint, model: CausalLM, packed: dict[str, str]) -> None:
     """PosttrainError naming the tensors unless the checkpoint's names, shapes and dtypes are the model's."""
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    names = {n for n in checkpoint.names() if not _ignored(n, model.config) and not bitsandbytes.is_statistic(n, packed)}
+    names = {
+        n for n in checkpoint.names() if not _ignored(n, model.config) and not bitsandbytes.is_statistic(n, packed)
+    }
     about = f"{checkpoint.path} does not hold the {model.config.architecture} that its config.json describes"
     if missing := sorted(expected.keys() - names):
         raise PosttrainError(f"{about}: it lacks {_some(missing)}")

@@ -3,6 +3,7 @@
 Dimension pair i is (x[i], x[i + head_dim/2]) and turns by position * theta^(-2i / head_dim). Scalings change the frequencies:
 linear (arXiv:2306.15595), dynamic NTK, YaRN (arXiv:2309.00071) and Llama 3's by wavelength.
 """
+
 from __future__ import annotations
 
 import math
@@ -58,7 +59,9 @@ class RopeConfig:
         given = {key: value for key, value in asdict(self).items() if value is not None}
         if self.rope_type == "default":
             given.pop("factor")
-        scaling = {key: value for key, value in given.items() if key != "rope_theta"} if self.rope_type != "default" else None
+        scaling = (
+            {key: value for key, value in given.items() if key != "rope_theta"} if self.rope_type != "default" else None
+        )
         return {"rope_theta": self.rope_theta, "rope_scaling": scaling, "rope_parameters": given}
 
 
@@ -95,8 +98,10 @@ def _yarn_frequencies(rope: RopeConfig, frequencies: Tensor, head_dim: int) -> T
 
     def dimension(turns: float) -> float:
         """The pair index that makes this many turns over the old context (inverse of the frequency's formula)."""
-        return head_dim * math.log(rope.original_max_position_embeddings / (turns * 2 * math.pi)) / (
-            2 * math.log(rope.rope_theta)
+        return (
+            head_dim
+            * math.log(rope.original_max_position_embeddings / (turns * 2 * math.pi))
+            / (2 * math.log(rope.rope_theta))
         )
 
     low, high = dimension(rope.beta_fast or 32), dimension(rope.beta_slow or 1)

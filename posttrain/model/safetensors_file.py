@@ -4,6 +4,7 @@ The format: 8 bytes with the header's length (little-endian), a JSON header {nam
 {str: str}}, the tensors' bytes. The `safetensors` package maps whole files into memory and, saving, copies every tensor first; a model
 that is quantized while it streams must do neither.
 """
+
 from __future__ import annotations
 
 import json
@@ -17,7 +18,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from ..errors import PosttrainError
+from posttrain.errors import PosttrainError
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -55,7 +56,9 @@ class SafetensorsReader:
     def __enter__(self) -> SafetensorsReader:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._file.close()
 
     def _error(self, what: str) -> PosttrainError:
@@ -118,7 +121,11 @@ def write_safetensors(
     header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
     for name, tensor in items:
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [end, end + tensor.nbytes]}
+        header[name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [end, end + tensor.nbytes],
+        }
         end += tensor.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

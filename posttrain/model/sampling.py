@@ -1,4 +1,5 @@
 """From logits to a token: the one definition of temperature, top-k and top-p."""
+
 from __future__ import annotations
 
 import torch
@@ -35,7 +36,11 @@ def filter_logits(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_
 
 
 def sample(
-    logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, generator: torch.Generator | None = None
+    logits: Tensor,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """Token ids int64 (N,) drawn from logits (N, V); the most probable (the first of equals) when temperature is 0."""
     if temperature == 0:
