@@ -249,20 +249,26 @@ def test_dequantize_errors(error, match, change):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(64, 128), (3, 5), (7, 192), (129,)])
 def test_bytes_equal_bitsandbytes(quant_type, dtype, shape):
-    """Its CPU functions, on finite input. FP4 zeros differ in sign only, which its engines disagree about among themselves."""
+    """Its CPU functions, on finite input. FP4 zeros differ in sign, about which its own engines disagree."""
     functional = pytest.importorskip("bitsandbytes").functional
     x = torch.randn(shape).to(dtype)
     x.view(-1)[:64] = 0 if x.numel() > 128 else x.view(-1)[:64]
-    theirs, state = functional.quantize_4bit(x, blocksize=64, quant_type=quant_type)
+    with torch.compiler.set_stance("force_eager"):  # it would compile its fallbacks anew for every shape
+        theirs, state = functional.quantize_4bit(x, blocksize=64, quant_type=quant_type)
+        theirs_restored = functional.dequantize_4bit(theirs, state)
     packed, absmax = QUANTIZE[quant_type](x)
     assert torch.equal(absmax, state.absmax)
     if quant_type == "nf4":
         assert torch.equal(packed, theirs.flatten())
-    ours, others = (codebooks.CODEBOOKS[quant_type][_codes(p)] for p in (packed, theirs.flatten()))
-    assert torch.equal(ours, others)
+    ours, others = (codebooks.CODEBOOKS[quant_type][_codes(p)[: x.numel()]] for p in (packed, theirs.flatten()))
+    differing = ours != others
+    scaled = x.flatten().float() * absmax.reciprocal().repeat_interleave(64)[: x.numel()]
+    # negative FP4 ties: its CPU engine takes the larger magnitude, its CUDA kernel and we the smaller
+    assert torch.isin(scaled[differing], -codebooks.FP4_THRESHOLDS).all() and not (quant_type == "nf4" and differing.any())
     # its dequantization is right where rows hold whole blocks or are not a multiple of 16
     if shape[-1] % 64 == 0 or (shape[-1] % 16 and len(shape) > 1):
-        assert torch.equal(DEQUANTIZE[quant_type](packed, absmax, shape, dtype), functional.dequantize_4bit(theirs, state))
+        restored = DEQUANTIZE[quant_type](theirs.flatten(), absmax, shape, dtype)
+        assert torch.equal(restored, theirs_restored)
 
 
 # ---- the Triton kernels: interpreted, emulated, and on a GPU
