@@ -45,7 +45,8 @@ def read_jsonl(path: str | os.PathLike) -> Iterator[tuple[int, dict[str, Any]]]:
     in UTF-8."""
     path = Path(path)
     if not path.is_file():
-        raise PosttrainError(f"{path} does not exist; expected a JSON Lines file with {KINDS} on every line")
+        problem = "is a folder" if path.is_dir() else "does not exist"
+        raise PosttrainError(f"{path} {problem}; expected a JSON Lines file with {KINDS} on every line")
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():

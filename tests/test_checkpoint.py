@@ -1,0 +1,135 @@
+"""A run's state on disk and back: weights, moments, random states; nothing half written, nothing half loaded."""
+
+from __future__ import annotations
+
+import errno
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from model_cases import random_model
+
+from posttrain import checkpoint
+from posttrain.checkpoint import checkpoints, keep_last, load_checkpoint, save_checkpoint, trainable
+from posttrain.errors import PosttrainError
+from posttrain.lora import LoraConfig, attach, load_adapter
+
+IDS = torch.arange(24).view(2, 12)
+
+
+def started(adapter=True, steps=2, seed=0):
+    torch.manual_seed(seed)
+    model = random_model()
+    if adapter:
+        attach(model, LoraConfig(r=2))
+    else:
+        model.requires_grad_(False)
+        model.model.norm.weight.requires_grad_()
+    optimizer = torch.optim.AdamW(trainable(model).values(), lr=0.1, fused=True)
+    for _ in range(steps):
+        step(model, optimizer)
+    return model, optimizer
+
+
+def step(model, optimizer):
+    (model(IDS) * torch.randn(97) * random.random() * np.random.rand()).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("adapter", [True, False])
+def test_goes_on_in_the_same_bits(tmp_path, adapter):
+    model, optimizer = started(adapter)
+    path = save_checkpoint(tmp_path, model, optimizer, {"step": 2, "note": "x"})
+    step(model, optimizer)
+    again, its_optimizer = started(adapter, steps=1)
+    for _ in range(3):
+        random.random(), np.random.rand(), torch.rand(3)
+    assert load_checkpoint(path, again, its_optimizer)["note"] == "x"
+    step(again, its_optimizer)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_a_checkpoint_is_an_adapter(tmp_path):
+    model, optimizer = started()
+    path = save_checkpoint(tmp_path, model, optimizer, {"step": 7})
+    torch.manual_seed(0)
+    other = random_model()
+    load_adapter(other, path)
+    assert path.name == "checkpoint-7" and torch.equal(other(IDS), model(IDS))
+    names = {"adapter_config.json", "adapter_model.safetensors", "optimizer.safetensors", "trainer_state.json"}
+    assert {p.name for p in path.iterdir()} == names
+
+
+def test_only_whole_checkpoints_count_and_the_last_are_kept(tmp_path):
+    model, optimizer = started()
+    for number in (2, 10, 9):
+        save_checkpoint(tmp_path, model, optimizer, {"step": number})
+    (tmp_path / "checkpoint-11").mkdir()
+    (tmp_path / "checkpoint-x").mkdir()
+    assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-9", "checkpoint-10"]
+    keep_last(tmp_path, 2)
+    assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10"]
+    assert checkpoints(tmp_path / "absent") == []
+
+
+def state_of(model, optimizer):
+    tensors = [p.detach().clone() for p in model.parameters()]
+    return tensors + [v.clone() for entries in optimizer.state.values() for v in entries.values()]
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "optimizer.safetensors", "trainer_state.json"])
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_a_damaged_checkpoint_changes_nothing(tmp_path, file, damage):
+    path = save_checkpoint(tmp_path, *started(), {"step": 2})
+    if damage == "cut":
+        (path / file).write_bytes((path / file).read_bytes()[:-5])
+    else:
+        (path / file).unlink()
+    model, optimizer = started(steps=1, seed=4)
+    before, random_before = state_of(model, optimizer), torch.get_rng_state()
+    with pytest.raises(PosttrainError, match="resume from another checkpoint"):
+        load_checkpoint(path, model, optimizer)
+    assert all(map(torch.equal, before, state_of(model, optimizer)))
+    assert torch.equal(random_before, torch.get_rng_state())
+
+
+def test_another_model_is_refused(tmp_path):
+    path = save_checkpoint(tmp_path, *started(), {"step": 2})
+    model = random_model()
+    attach(model, LoraConfig(r=3))
+    optimizer = torch.optim.AdamW(trainable(model).values())
+    with pytest.raises(PosttrainError, match="holds other parameters than this model trains .42 differ"):
+        load_checkpoint(path, model, optimizer)
+
+
+@pytest.mark.parametrize("fails_at", [1, 2])
+def test_a_full_disk_leaves_the_checkpoints_that_were_there(tmp_path, monkeypatch, fails_at):
+    model, optimizer = started(adapter=False)
+    save_checkpoint(tmp_path, model, optimizer, {"step": 2})
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    real, calls = checkpoint.save_file, []
+
+    def full(tensors, path, metadata):
+        calls.append(path)
+        if len(calls) == fails_at:
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(tensors, path, metadata=metadata)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    for number in (2, 3):
+        calls.clear()
+        with pytest.raises(OSError, match="No space left"):
+            save_checkpoint(tmp_path, model, optimizer, {"step": number})
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_nothing_is_pickled(tmp_path):
+    path = save_checkpoint(tmp_path, *started(), {"step": 2})
+    json.loads((path / "trainer_state.json").read_text())
+    for file in path.glob("*.safetensors"):
+        header = int.from_bytes(file.read_bytes()[:8], "little")
+        json.loads(file.read_bytes()[8 : 8 + header])
