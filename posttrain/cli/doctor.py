@@ -46,7 +46,7 @@ def inspect_machine() -> dict[str, str]:
         "torch": str(torch.__version__),
         "triton": _version("triton") or "not installed: GPU kernels are unavailable, the CPU engine works",
         "GPU": _gpu(),
-        "CPU engine": ", ".join(f"{key} {value}" for key, value in engine.items()),
+        "CPU engine": f"{engine.pop('engine')} ({', '.join(f'{key} {value}' for key, value in engine.items())})",
         "CPU threads": f"{torch.get_num_threads()} of {os.cpu_count()}"
         + (f" (OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']})" if "OMP_NUM_THREADS" in os.environ else ""),
         "CPU features": torch.backends.cpu.get_cpu_capability(),

@@ -30,9 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from posttrain.cli.quantize import copy_tokenizer, new_folder
-    from posttrain.lora import merge_and_unload
+    from posttrain.lora import load_adapter, merge_and_unload
     from posttrain.model.loading import load, save
-    from posttrain.peft_format import load_adapter
 
     folder = resolve_model(args.model)
     output = new_folder(args.output, args.force)
