@@ -131,20 +131,21 @@ def double_quantize(absmax: Tensor, block_size: int = 256) -> DoubleQuantized:
     """Quantize absmax to 8 bits around its mean, in blocks of `block_size` (256 is what bitsandbytes reads).
 
     absmax: float32 of any shape, taken flat. No reconstruction is negative, however heavy the tail. Raises TypeError
-    for another dtype, ValueError for NaN, infinite or negative values or a block_size below 1.
+    for another dtype, ValueError for NaN, infinite or negative values, a sum that overflows, or a block_size below 1.
     """
     if absmax.dtype != torch.float32:
         raise TypeError(f"absmax is {absmax.dtype}; expected float32, as quantize_nf4 returns it")
     if block_size < 1:
         raise ValueError(f"block_size is {block_size!r}; expected a positive number (256 is what bitsandbytes reads)")
+    absmax = absmax.detach().reshape(-1)
     if not torch.compiler.is_compiling() and absmax.numel():
-        smallest, largest = torch.aminmax(absmax.detach())
-        if not (smallest >= 0 and largest < torch.inf):
+        smallest, total = absmax.amin().item(), absmax.sum().item()
+        if not (smallest >= 0 and total < torch.inf):  # NaN fails both
             raise ValueError(
-                f"absmax ranges from {smallest.item()} to {largest.item()}; 8 bits carry finite values from 0 up. "
-                "Use double_quant=False, or mend the weight"
+                f"absmax ranges from {smallest} to {absmax.amax().item()} and sums to {total} in float32; 8 bits around "
+                "their mean carry finite values from 0 up. Use double_quant=False, or mend the weight"
             )
-    return DoubleQuantized(*torch.ops.posttrain.double_quantize(absmax.detach().reshape(-1), block_size), block_size)
+    return DoubleQuantized(*torch.ops.posttrain.double_quantize(absmax, block_size), block_size)
 
 
 def double_dequantize(dq: DoubleQuantized) -> Tensor:
