@@ -1,0 +1,190 @@
+"""posttrain.model.tokenizer and chat_template: ids, texts and masks are transformers', templates stay boxed in."""
+import json
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from make_gguf import gguf_bytes, tiny_llama
+
+from posttrain.fetch import fetch
+from posttrain.model import chat_template
+from posttrain.model.gguf_to_hf import convert
+from posttrain.model.tokenizer import Tokenizer
+
+TALK = [{"role": "user", "content": "hell 12 <b>é</b>"}, {"role": "assistant", "content": "Hello\n\n1."},
+        {"role": "user", "content": "ö?"}, {"role": "assistant", "content": " 🙂 "}]
+MARKED = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+          "<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}{{ '\n' }}{% endfor %}")
+TEXTS = [
+    "", " ", "hello hell", "\n\n1", "a1b22c333", "  two  spaces", "tab\tnew\r\nline", "ﬁne ÅÅ é",
+    "日本語 текст", "עברית", "🙂👩‍👩‍👧", "<|im_end|>", "a<|im_start|>b <|endoftext|>", "'s 't I'll", "1234567890", "\x00\x7f",
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tiny")
+    (path / "tiny.gguf").write_bytes(gguf_bytes(*tiny_llama(np.random.default_rng(0))))
+    return convert(path / "tiny.gguf", path / "hf")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return Tokenizer.load(folder)
+
+
+def test_ids_by_hand(tokenizer):
+    hell, two = tokenizer.backend.token_to_id("hell"), tokenizer.backend.token_to_id("2")
+    assert tokenizer.encode("hell22") == [hell, two, two]
+    assert tokenizer.encode("<|im_end|>hell") == [2, hell]
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.vocab_size) == (1, 2, 2, 262)
+    assert tokenizer.decode([1, hell, 2]) == "hell"
+    assert tokenizer.decode([1, hell, 2], skip_special_tokens=False) == "<|im_start|>hell<|im_end|>"
+    assert tokenizer.encode_batch(["hell", ""]) == [[hell], []]
+
+
+@given(st.text())
+def test_text_comes_back(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=False) == text
+
+
+def test_ids_outside_the_vocabulary(tokenizer):
+    for wrong in (-1, 262):
+        with pytest.raises(ValueError, match=f"token id {wrong} is outside the vocabulary of 262"):
+            tokenizer.decode([5, wrong])
+
+
+def test_chat_by_hand(tokenizer):
+    text = tokenizer.chat_text(TALK[:1])
+    assert text == "<|im_start|>user\nhell 12 <b>é</b><|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.chat_text(TALK[:1], add_generation_prompt=False) == text.removesuffix("<|im_start|>assistant\n")
+    assert tokenizer.chat(TALK[:1]) == tokenizer.encode(text)
+    assert tokenizer.chat(TALK[:1])[0] == tokenizer.bos_id != tokenizer.chat(TALK[:1])[1]
+
+
+def test_masks_with_and_without_generation_blocks(folder):
+    tokenizer = Tokenizer.load(folder)
+    ids, mask = tokenizer.chat_with_mask(TALK)
+    assert ids == tokenizer.chat(TALK, add_generation_prompt=False)
+    expected = tokenizer.encode("Hello\n\n1.<|im_end|>\n") + tokenizer.encode(" 🙂 <|im_end|>\n")
+    assert [i for i, chosen in zip(ids, mask, strict=True) if chosen] == expected
+    tokenizer.chat_template = MARKED
+    marked_ids, marked = tokenizer.chat_with_mask(TALK)
+    expected = tokenizer.encode("Hello\n\n1.<|im_end|>") + tokenizer.encode(" 🙂 <|im_end|>")
+    assert marked_ids == ids and [i for i, chosen in zip(ids, marked, strict=True) if chosen] == expected
+
+
+def test_a_template_that_rewrites_earlier_turns_has_no_mask(folder):
+    tokenizer = Tokenizer.load(folder)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content if loop.last else m.content | upper }}|{% endfor %}"
+    with pytest.raises(ValueError, match="message 1 differently once others follow"):
+        tokenizer.chat_with_mask(TALK)
+
+
+@pytest.mark.parametrize("template, why", [
+    ("{{ raise_exception('no system role') }}", "no system role"),
+    ("{{ messages[0].content.missing.more }}", "missing"),
+    ("{{ messages[0].__class__.__mro__ }}", "unsafe"),
+    ("{{ ''['__class__'].mro() }}", "unsafe"),
+    ("{{ messages.append(1) }}", "not safely callable|unsafe"),
+    ("{{ cycler.__init__.__globals__ }}", "unsafe"),
+    ("{% for %}", "Expected an expression"),
+    ("{% generation %}never closed", "endgeneration"),
+])
+def test_what_a_template_may_not_do(folder, template, why):
+    tokenizer = Tokenizer.load(folder)
+    tokenizer.chat_template = template
+    for render in (tokenizer.chat_text, tokenizer.chat_with_mask):
+        with pytest.raises(ValueError, match=re.compile(why)):
+            render(TALK)
+
+
+def test_rendering_leaves_the_messages_alone(folder):
+    before = json.dumps(TALK)
+    with pytest.raises(ValueError):
+        chat_template.render("{% set _ = messages[0].update({'content': ''}) %}", TALK)
+    assert json.dumps(TALK) == before
+
+
+def test_extras():
+    assert chat_template.render("{{ {'a': '<é>'} | tojson }}", []) == '{"a": "<é>"}'
+    assert chat_template.render("{{ [1] | tojson(indent=1) }}", []) == "[\n 1\n]"
+    assert re.fullmatch(r"\d{4}", chat_template.render("{{ strftime_now('%Y') }}", []))
+    loop = "{% for i in [1, 2, 3] %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}"
+    assert chat_template.render(loop, []) == "1"
+    assert chat_template.render("{% if true %}\n  x\n  {% endif %}\ny", []) == "  x\ny"
+
+
+def copy(folder, tmp_path, **changes):
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / file).write_bytes((folder / file).read_bytes())
+    config = json.loads((folder / "tokenizer_config.json").read_text()) | changes
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    return tmp_path
+
+
+def test_where_templates_and_special_tokens_come_from(folder, tmp_path):
+    named = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}]
+    eos = {"content": "<|endoftext|>", "lstrip": False}
+    path = copy(folder, tmp_path, chat_template=named, bos_token=None, eos_token=eos)
+    older = {"bos_token": {"content": "<|im_end|>"}, "eos_token": "hell"}
+    (path / "special_tokens_map.json").write_text(json.dumps(older))
+    tokenizer = Tokenizer.load(path)
+    assert (tokenizer.chat_text([]), tokenizer.bos_id, tokenizer.eos_id) == ("D", 2, 0)
+    (path / "chat_template.jinja").write_text("J{{ bos_token }}")
+    assert Tokenizer.load(path).chat_text([]) == "J<|im_end|>"
+
+
+def test_faults_are_named(folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match="tokenizer.json does not exist"):
+        Tokenizer.load(tmp_path)
+    with pytest.raises(ValueError, match="bos_token is '<none>', which is not in the vocabulary"):
+        Tokenizer.load(copy(folder, tmp_path, bos_token="<none>"))
+    with pytest.raises(ValueError, match="no chat template"):
+        Tokenizer.load(copy(folder, tmp_path, chat_template=None)).chat(TALK)
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(ValueError, match="tokenizer_config.json is not JSON"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(ValueError, match="holds a list, expected an object"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"version": "1.0"')
+    with pytest.raises(ValueError, match="tokenizer.json is not a tokenizer"):
+        Tokenizer.load(tmp_path)
+
+
+def assert_same(ours, theirs):
+    for text in TEXTS:
+        ids = theirs(text, add_special_tokens=False)["input_ids"]
+        assert ours.encode(text) == ids
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+        assert ours.encode(text, add_special_tokens=True) == theirs(text)["input_ids"]
+    assert (ours.bos_id, ours.eos_id, ours.pad_id) == (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id)
+    assert ours.vocab_size == len(theirs)
+    for prompt in (True, False):
+        theirs_text = theirs.apply_chat_template(TALK, tokenize=False, add_generation_prompt=prompt)
+        assert ours.chat_text(TALK, prompt) == theirs_text
+        theirs_ids = theirs.apply_chat_template(TALK, add_generation_prompt=prompt, return_dict=True)["input_ids"]
+        assert ours.chat(TALK, prompt) == theirs_ids
+    ours.chat_template = theirs.chat_template = MARKED
+    marked = theirs.apply_chat_template(TALK, return_dict=True, return_assistant_tokens_mask=True)
+    assert ours.chat_with_mask(TALK) == (marked["input_ids"], [bool(m) for m in marked["assistant_masks"]])
+
+
+@pytest.mark.peers
+def test_equals_transformers(folder):
+    transformers = pytest.importorskip("transformers")
+    assert_same(Tokenizer.load(folder), transformers.AutoTokenizer.from_pretrained(folder))
+
+
+@pytest.mark.peers
+@pytest.mark.real
+def test_equals_transformers_on_the_real_tokenizer():
+    transformers = pytest.importorskip("transformers")
+    folder = fetch("smollm2-135m", progress=False)
+    ours = Tokenizer.load(folder)
+    # Digits come apart before the newlines' regular expression looks at them: "\n\n" stays one token before a digit.
+    assert ours.encode("\n\n1") == [ours.backend.token_to_id("ĊĊ"), ours.backend.token_to_id("1")]
+    assert_same(Tokenizer.load(folder), transformers.AutoTokenizer.from_pretrained(folder))
