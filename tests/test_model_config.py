@@ -1,0 +1,85 @@
+"""config.json as transformers 4 and 5 write it, and what must be refused."""
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from model_cases import CASES, hf_config
+
+from posttrain.model import ModelConfig, parse_dtype
+from posttrain.model.config import ARCHITECTURES
+
+
+def as_transformers_4(config: dict) -> dict:
+    """The same configuration in the older spelling: rope_theta and rope_scaling (with "type"), torch_dtype."""
+    config = dict(config)
+    rope = dict(config.pop("rope_parameters", {"rope_type": "default", "rope_theta": 10000.0}))
+    config["rope_theta"] = rope.pop("rope_theta")
+    rope["type"] = rope.pop("rope_type")
+    config["rope_scaling"] = None if rope["type"] == "default" else rope
+    return config
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_both_spellings_and_the_round_trip_agree(name):
+    config = ModelConfig.from_hf(hf_config(name))
+    assert ModelConfig.from_hf(as_transformers_4(hf_config(name))) == config
+    assert ModelConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config
+    hash(config)  # frozen through and through
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("name", CASES)
+def test_transformers_reads_ours_and_we_read_its(name, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    cls = getattr(transformers, CASES[name][0].replace("ForCausalLM", "Config"))
+    ours = ModelConfig.from_hf(hf_config(name))
+    cls(**hf_config(name)).save_pretrained(tmp_path / "theirs")
+    assert ModelConfig.from_hf(json.loads((tmp_path / "theirs/config.json").read_text())) == ours
+    (tmp_path / "ours").mkdir()
+    (tmp_path / "ours/config.json").write_text(json.dumps(ours.to_hf()))
+    back = transformers.AutoConfig.from_pretrained(tmp_path / "ours")
+    assert type(back) is cls
+    assert ModelConfig.from_hf(json.loads(back.to_json_string(use_diff=False))) == ours
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel.*LlamaForCausalLM, MistralForCausalLM"),
+        ({"architectures": None, "model_type": "gemma"}, "gemma"),
+        ({"hidden_size": None}, "hidden_size is None"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+        ({"vocab_size": "97"}, "vocab_size is '97'"),
+        ({"num_key_value_heads": 3}, "4 attention heads.*3 key-value heads"),
+        ({"head_dim": 15}, "head_dim is 15"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"rope_scaling": {"rope_type": "longrope"}}, "longrope.*default, linear, dynamic, yarn, llama3"),
+        ({"rope_scaling": {"type": "linear"}}, "needs factor"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "needs low_freq_factor, high_freq_factor"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+    ],
+)
+def test_what_cannot_be_run_is_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        ModelConfig.from_hf({**hf_config("smollm2"), **change})
+
+
+def test_layer_types_must_fit_the_layers():
+    with pytest.raises(ValueError, match="layer_types has 2 entries"):
+        ModelConfig.from_hf({**hf_config("qwen2"), "layer_types": ["full_attention"] * 2})
+
+
+def test_model_type_stands_in_for_architectures():
+    for name in ARCHITECTURES:
+        config = ModelConfig.from_hf({**hf_config("llama2"), "architectures": [name]})
+        written = {key: value for key, value in config.to_hf().items() if key != "architectures"}
+        assert ModelConfig.from_hf(written).architecture == name
+
+
+def test_dtype_names():
+    assert parse_dtype("bf16") is parse_dtype("bfloat16") is parse_dtype(torch.bfloat16) is torch.bfloat16
+    for wrong in ("int8", "fp8", torch.int8, None):
+        with pytest.raises(ValueError, match="fp32, float32, bf16"):
+            parse_dtype(wrong)
