@@ -36,19 +36,15 @@ from .quantized_linear_decode import split4
 
 WARPS = 4
 BLOCK_N = 16 * WARPS
-NUM_STAGES = 3
+NUM_STAGES = 2
 BLOCK_K = tl.constexpr(128)
 
 
 @triton.jit
-def _join32(v):
-    """32 tensors (WARPS, LANES) -> (WARPS, LANES, 2, 2, 2, 2, 2), the lowest bit of the index first; a lane keeps what it has."""
-    for _ in tl.static_range(5):
-        half = ()
-        for i in tl.static_range(len(v) // 2):
-            half = half + (tl.join(v[2 * i], v[2 * i + 1]),)
-        v = half
-    return v[0]
+def _join8(v):
+    """Eight tensors of one shape -> that shape, 2, 2, 2: the lowest bit of the index first; a lane keeps what it has."""
+    first = tl.join(tl.join(v[0], v[1]), tl.join(v[2], v[3]))
+    return tl.join(first, tl.join(tl.join(v[4], v[5]), tl.join(v[6], v[7])))
 
 
 @triton.jit
@@ -72,10 +68,12 @@ def _quantized_linear_gemm_kernel(
     begin = tl.program_id(2) * tiles_per_part * 128
     end = tl.minimum(begin + tiles_per_part * 128, K)
 
-    # element u of group s of lane q's 32 weights sits in column (s, q, u) of the tile
-    column = tl.arange(0, BLOCK_K)
+    # element u of group s of lane q's word sits in column (s, q, u) of a 32-column slice; k lies 32 q further for lane q
+    column = tl.arange(0, 32)
     columns = column // K_WIDTH % 4 * 32 + column // (4 * K_WIDTH) * K_WIDTH + column % K_WIDTH
     columns = tl.max_contiguous(tl.multiple_of(columns, K_WIDTH), K_WIDTH)
+    rows_x = tl.arange(0, BLOCK_M)
+    offs_x = rows_x[:, None] * stride_xm + columns[None, :]
     acc = ()
     for _ in tl.static_range(TILES_M):
         acc = acc + (tl.zeros((BLOCK_N, BLOCK_M), tl.float32),)
@@ -84,39 +82,41 @@ def _quantized_linear_gemm_kernel(
         inside = c < chunks
         if not EVEN_K:
             c = tl.minimum(c, chunks - 1)
-        halves = ()
+        words = ()
+        absmax = ()
         for i in tl.static_range(2):
             # rows past N repeat the last one; nothing of theirs is stored
             n = tl.minimum(n0 + warp * 16 + i * 8 + lane // 4, N - 1)
             chunk = n * chunks + c  # below 2^31 for 2^36 weights: the launcher's limit
-            words = split4(tl.load(word_ptr + (chunk.to(tl.int64) * 4)[:, :, None] + tl.arange(0, 4)[None, None, :]), WARPS, 32)
-            absmax = decode_absmax(
+            word = tl.load(word_ptr + (chunk.to(tl.int64) * 4)[:, :, None] + tl.arange(0, 4)[None, None, :])
+            words = words + (split4(word, WARPS, 32),)
+            scale = decode_absmax(
                 absmax_ptr, chunk.to(tl.uint32) >> block_shift, everywhere,
                 dynamic_map_ptr, nested_absmax_ptr, nested_offset_ptr, NESTED_BLOCK,
             )  # fmt: skip
-            if not EVEN_K:
-                absmax = tl.where(inside, absmax, 0.0)
+            absmax = absmax + (scale if EVEN_K else tl.where(inside, scale, 0.0),)
+        for j in tl.static_range(4):
             weights = ()
-            for t in tl.static_range(32):  # element t of the chunk: byte t // 2, the high nibble first
-                code = (words[t // 8] >> (t % 8 // 2 * 8 + 4 - 4 * (t % 2))) & 15
-                weights = weights + ((tl.gather(table, code, 1) * absmax).to(x_ptr.dtype.element_ty),)
-            halves = halves + (_join32(weights),)
-        # axes: warp, row a, chunk q, element t bit by bit (lowest first), half i -> (warp, i, a) by (s, q, u)
-        w = tl.join(halves[0], halves[1]).reshape(WARPS, 8, 4, 2, 2, 2, 2, 2, 2)
-        if K_WIDTH == 8:
-            w = w.permute(0, 8, 1, 7, 6, 2, 5, 4, 3)
-        else:
-            w = w.permute(0, 8, 1, 7, 6, 5, 4, 2, 3)
-        w = w.reshape(BLOCK_N, BLOCK_K)
-        sums = ()
-        for j in tl.static_range(TILES_M):
-            offs_m = m0 + j * BLOCK_M + tl.arange(0, BLOCK_M)
-            mask = (offs_m < M)[:, None]
-            if not EVEN_K:
-                mask = mask & (k0 + columns < K)[None, :]
-            x = tl.load(x_ptr + offs_m[:, None].to(tl.int64) * stride_xm + (k0 + columns)[None, :], mask=mask, other=0.0)
-            sums = sums + (tl.dot(w, tl.trans(x), acc[j], input_precision="ieee"),)
-        acc = sums
+            for e in tl.static_range(8):  # element e of a word: byte e // 2, the high nibble first
+                upper = tl.gather(table, (words[0][j] >> (e // 2 * 8 + 4 - 4 * (e % 2))) & 15, 1) * absmax[0]
+                lower = tl.gather(table, (words[1][j] >> (e // 2 * 8 + 4 - 4 * (e % 2))) & 15, 1) * absmax[1]
+                weights = weights + (tl.join(upper, lower).to(x_ptr.dtype.element_ty),)
+            # axes: warp, row a, chunk q, half i, element e bit by bit (lowest first) -> (warp, i, a) by (s, q, u)
+            w = _join8(weights).reshape(WARPS, 8, 4, 2, 2, 2, 2)
+            if K_WIDTH == 8:
+                w = w.permute(0, 3, 1, 2, 6, 5, 4)
+            else:
+                w = w.permute(0, 3, 1, 6, 5, 2, 4)
+            w = w.reshape(BLOCK_N, 32)
+            k = k0 + 8 * j
+            sums = ()
+            for t in tl.static_range(TILES_M):
+                mask = rows_x[:, None] < M - m0 - t * BLOCK_M
+                if not EVEN_K:
+                    mask = mask & (columns < K - k)[None, :]
+                x = tl.load(x_ptr + ((m0 + t * BLOCK_M).to(tl.int64) * stride_xm + k) + offs_x, mask=mask, other=0.0)
+                sums = sums + (tl.dot(w, tl.trans(x), acc[t], input_precision="ieee"),)
+            acc = sums
 
     offs_n = n0 + tl.arange(0, BLOCK_N)
     for j in tl.static_range(TILES_M):
