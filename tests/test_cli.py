@@ -1,0 +1,295 @@
+"""The command line: help without torch, exit codes, one-line errors, and each command on the model that comes along."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from posttrain import cli, offline
+
+COMMANDS = ("quickstart", "fetch", "sft", "generate", "evaluate", "merge-adapter", "quantize", "doctor")
+
+
+def run(capsys, *argv: object) -> tuple[int, str, str]:
+    code = cli.main([str(arg) for arg in argv])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def subprocess_run(*argv: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "posttrain.cli", *map(str, argv)]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, timeout=120)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_names_runnable_examples(command, capsys) -> None:
+    code, out, _ = run(capsys, command, "--help")
+    assert code == 0
+    examples = re.findall(rf"^  .*posttrain {command} ?.*$", out, re.MULTILINE)
+    assert 2 <= len(examples) <= 4
+    for example in examples:
+        arguments = re.sub(r"^.*?posttrain ", "", example)
+        assert "--" in arguments or command in ("fetch", "doctor", "quickstart")
+
+
+def test_examples_parse() -> None:
+    """Every option that an example uses exists. Shell parts (pipes, variables, other programs) are cut off."""
+    import shlex
+
+    parser = cli.build_parser()
+    seen = 0
+    for module in (cli.quickstart, cli.fetch, cli.sft, cli.generate, cli.evaluate, cli.merge_adapter, cli.quantize):
+        for line in module.EXAMPLES.splitlines():
+            if "posttrain " in line and "$(" not in line:
+                words = shlex.split(line.partition("posttrain ")[2])
+                assert parser.parse_args(words).run is not None
+                seen += 1
+    assert seen >= 16
+
+
+def test_help_and_version_do_not_import_torch() -> None:
+    script = "import sys; from posttrain.cli import main; code = main(['sft', '--help']); "
+    script += "assert not {'torch', 'numpy', 'rich'} & set(sys.modules), sys.modules.keys(); sys.exit(code)"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    version = subprocess_run("--version")
+    assert version.returncode == 0 and re.fullmatch(r"posttrain \d+\.\d+\.\d+\n", version.stdout)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["no-such-command"],
+        ["generate", "--model", "offline"],
+        ["generate", "--model", "offline", "--prompt", "a", "--chat", "b"],
+        ["generate", "--model", "offline", "--prompt", "a", "--max-new-tokens", "0"],
+        ["quantize", "--model", "offline", "--output", "x", "--quant-type", "int4"],
+        ["quickstart", "--offline", "--model", "x"],
+        ["sft", "--mod", "offline", "--data", "x", "--output", "y"],
+    ],
+)
+def test_wrong_usage_is_exit_code_2(argv, capsys) -> None:
+    code, out, err = run(capsys, *argv)
+    assert code == 2 and out == "" and err.startswith("usage: posttrain")
+
+
+def assert_one_error(result: tuple[int, str, str], *parts: str) -> None:
+    code, _, err = result
+    lines = [line for line in err.splitlines() if ": error: " in line]
+    assert code == 1 and len(lines) == 1 and "Traceback" not in err, err
+    for part in parts:
+        assert part in lines[0], err
+
+
+def model_with(tmp_path: Path, **changes: object) -> Path:
+    """A copy of the offline model's folder with other values in its config.json."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in offline.model_path().iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_unknown_model_name(capsys) -> None:
+    assert_one_error(
+        run(capsys, "generate", "--model", "gpt-5", "--prompt", "a"), "no model folder at 'gpt-5'", "smollm2-135m"
+    )
+
+
+def test_folder_that_is_no_model(capsys, tmp_path) -> None:
+    assert_one_error(run(capsys, "generate", "--model", tmp_path, "--prompt", "a"), "no config.json")
+
+
+def test_unknown_architecture(capsys, tmp_path) -> None:
+    folder = model_with(tmp_path, architectures=["MambaForCausalLM"])
+    result = run(capsys, "generate", "--model", folder, "--prompt", "a")
+    assert_one_error(result, "MambaForCausalLM", "LlamaForCausalLM")
+
+
+def test_prompt_longer_than_the_context(capsys, tmp_path) -> None:
+    folder = model_with(tmp_path, max_position_embeddings=16)
+    text = tmp_path / "long.txt"
+    text.write_text("a long text " * 20)
+    assert_one_error(run(capsys, "generate", "--model", folder, "--prompt", "long " * 9), "context of 16")
+    assert_one_error(run(capsys, "evaluate", "--model", folder, "--text", text, "--window", 32), "context of 16")
+    assert_one_error(run(capsys, "evaluate", "--model", folder, "--task", "offline", "--limit", 3), "context of 16")
+
+
+@pytest.mark.parametrize("content", ["", "\n\n"])
+def test_empty_data(capsys, tmp_path, content) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text(content)
+    output = tmp_path / "out"
+    assert_one_error(run(capsys, "sft", "--model", "offline", "--data", data, "--output", output), "no examples")
+    assert_one_error(run(capsys, "evaluate", "--model", "offline", "--data", data), "no items")
+    assert not output.exists()
+
+
+def test_missing_files(capsys, tmp_path) -> None:
+    gone = tmp_path / "gone"
+    assert_one_error(run(capsys, "sft", "--model", "offline", "--data", gone, "--output", tmp_path / "o"), str(gone))
+    assert_one_error(run(capsys, "evaluate", "--model", "offline", "--data", gone), str(gone))
+    assert_one_error(run(capsys, "evaluate", "--model", "offline", "--text", gone), str(gone))
+    adapter = ["--adapter", gone]
+    assert_one_error(run(capsys, "generate", "--model", "offline", *adapter, "--prompt", "a"), str(gone))
+    merge = run(capsys, "merge-adapter", "--model", "offline", *adapter, "--output", tmp_path / "m")
+    assert_one_error(merge, str(gone))
+    assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 2 is not JSON"),
+        ("[]", "line 2: expected an object, found list"),
+        ('{"prompt": "a"}', "line 2: expected"),
+        ('{"prompt": "a", "choices": ["b", ""], "answer": 0}', "line 2"),
+        ('{"prompt": "a", "choices": ["b"], "answer": "c"}', "neither"),
+        ('{"prompt": "a", "choices": ["b"], "answer": 1}', "neither"),
+        ('{"prompt": "a", "answer": "b"}', "two files"),
+    ],
+)
+def test_bad_evaluation_data_names_the_line(capsys, tmp_path, line, message) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "a", "choices": [" b", " c"], "answer": " c"}\n' + line + "\n")
+    message = message.replace("neither", "line 2")
+    assert_one_error(run(capsys, "evaluate", "--model", "offline", "--data", data), message)
+
+
+def test_debug_shows_the_traceback() -> None:
+    argv = ["generate", "--model", "nowhere", "--prompt", "a"]
+    plain, debug = subprocess_run(*argv), subprocess_run(*argv, POSTTRAIN_DEBUG="1")
+    assert plain.returncode == debug.returncode == 1
+    assert plain.stderr.startswith("posttrain generate: error: no model folder") and plain.stderr.count("\n") == 1
+    assert "Traceback" in debug.stderr and "PosttrainError" in debug.stderr
+
+
+def test_interrupt_is_exit_code_130(capsys, monkeypatch) -> None:
+    """(A real SIGINT in the middle of training: tests/test_quickstart.py.)"""
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.doctor, "inspect_machine", interrupted)
+    assert run(capsys, "doctor") == (130, "", "\nposttrain doctor: interrupted\n")
+
+
+def test_closed_pipe_ends_quietly() -> None:
+    script = f"{sys.executable} -m posttrain.cli doctor | true"
+    result = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert result.stderr == ""
+
+
+def test_doctor(capsys) -> None:
+    import torch
+
+    from posttrain.kernels.cpu import describe
+
+    code, out, _ = run(capsys, "doctor")
+    facts = dict(re.split(r"  +", line, maxsplit=1) for line in out.splitlines())
+    assert code == 0
+    assert facts["torch"] == str(torch.__version__)
+    assert facts["CPU engine"].startswith(describe()["engine"])
+    assert facts["CPU threads"].startswith(str(torch.get_num_threads()))
+    assert {"triton", "GPU", "C compiler", "cache", "disk", "memory"} <= facts.keys()
+
+
+def test_generate_streams_what_the_library_generates(capsys) -> None:
+    from posttrain.model.generate import generate
+    from posttrain.model.loading import load
+    from posttrain.model.tokenizer import Tokenizer
+
+    argv = ["generate", "--model", "offline", "--prompt", "Review: ", "--max-new-tokens", 40]
+    code, out, err = run(capsys, *argv, "--temperature", 0.9, "--top-p", 0.9, "--seed", 3)
+    model, tokenizer = load(offline.model_path()), Tokenizer.load(offline.model_path())
+    ids = tokenizer.encode("Review: ", add_special_tokens=True)
+    stop = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+    expected = generate(model, [ids], 40, temperature=0.9, top_p=0.9, stop_ids=stop, seed=3)[0]
+    assert code == 0 and out == tokenizer.decode(expected) + "\n"
+    assert f"{len(ids)} prompt tokens, {len(expected)} new in" in err
+
+
+def test_token_writer_holds_back_half_a_character(capsys) -> None:
+    class Bytes:
+        def decode(self, ids) -> str:
+            return bytes(ids).decode("utf-8", errors="replace")
+
+    writer = cli.generate.TokenWriter(Bytes())
+    shown = []
+    for byte in "aé€\N{GRINNING FACE}b".encode():
+        writer(0, byte)
+        shown.append(capsys.readouterr().out)
+    assert shown == ["a", "", "é", "", "", "€", "", "", "", "\N{GRINNING FACE}", "b"]
+    writer(0, 0xC3)  # the text ends in half a character
+    writer.finish()
+    assert capsys.readouterr().out == "\N{REPLACEMENT CHARACTER}\n"
+
+
+def test_sft_merge_quantize_evaluate_together(capsys, tmp_path) -> None:
+    """A few steps of training; the adapter, the merged folder and its 4-bit copy answer as they should."""
+    data, adapter = tmp_path / "train.jsonl", tmp_path / "adapter"
+    rows = [{"prompt": f"Review: {w} film\nSentiment:", "completion": " negative"} for w in ("a", "the", "one", "my")]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    training = ["sft", "--model", "offline", "--data", data, "--output", adapter, "--learning-rate", 0.01]
+    code, out, err = run(capsys, *training, "--max-steps", 8)
+    assert code == 0 and out == f"{adapter}\n" and "4 examples" in err
+    losses = [json.loads(line)["loss"] for line in (adapter / "metrics.jsonl").read_text().splitlines()]
+    assert len(losses) == 8 and losses[-1] < losses[0]
+    assert_one_error(run(capsys, *training, "--max-steps", 8), "resume")
+    assert run(capsys, *training, "--max-steps", 8, "--resume")[0] == 0
+
+    merged, small = tmp_path / "merged", tmp_path / "nf4"
+    merge = ["merge-adapter", "--model", "offline", "--adapter", adapter, "--output", merged, "--dtype", "fp32"]
+    assert run(capsys, *merge)[0] == 0
+    assert_one_error(run(capsys, *merge), "--force")
+    assert run(capsys, *merge, "--force")[0] == 0
+    code, out, _ = run(capsys, "quantize", "--model", merged, "--output", small)
+    bits = re.search(r"at (\d\.\d+) bits each", out)
+    assert code == 0 and bits and 4.0 < float(bits[1]) < 4.5
+
+    items = tmp_path / "items.jsonl"
+    questions = [
+        {"prompt": row["prompt"], "choices": [" positive", " negative"], "answer": " negative"} for row in rows
+    ]
+    items.write_text("".join(json.dumps(question) + "\n" for question in questions))
+    saved = tmp_path / "merged.jsonl"
+    code, out, _ = run(capsys, "evaluate", "--model", merged, "--data", items, "--save", saved)
+    assert code == 0 and "(4 of 4)" in out
+    assert [json.loads(line) for line in saved.read_text().splitlines()] == [{"prediction": 1, "correct": True}] * 4
+    with_adapter = ["evaluate", "--model", "offline", "--adapter", adapter, "--data", items, "--compare", saved]
+    code, out, _ = run(capsys, *with_adapter)
+    assert code == 0 and "no difference can be claimed" in out and "n = 4" in out
+    saved.write_text(saved.read_text() + '{"prediction": 0, "correct": false}\n')
+    assert_one_error(run(capsys, *with_adapter), "5 answers", "4")
+
+    # The adapter knows its base: another one is refused, unless it is said that any will do.
+    other_base = ["generate", "--model", merged, "--adapter", adapter, "--prompt", "a", "--max-new-tokens", 1]
+    assert_one_error(run(capsys, *other_base), "trained on")
+    assert run(capsys, *other_base, "--any-base")[0] == 0
+
+
+def test_evaluate_generation_and_perplexity(capsys, tmp_path) -> None:
+    from posttrain.evaluate import perplexity
+    from posttrain.model.loading import load
+    from posttrain.model.tokenizer import Tokenizer
+
+    items = tmp_path / "items.jsonl"
+    items.write_text('{"prompt": "Review: fine\\nSentiment:", "answer": ""}\n')
+    code, out, _ = run(capsys, "evaluate", "--model", "offline", "--data", items, "--match", "contains")
+    assert code == 0 and "(1 of 1)" in out  # every text contains the empty one
+    text = tmp_path / "text.txt"
+    text.write_text("The film was good and the people were kind. " * 8)
+    code, out, _ = run(capsys, "evaluate", "--model", "offline", "--text", text, "--window", 64, "--stride", 32)
+    model, tokenizer = load(offline.model_path()), Tokenizer.load(offline.model_path())
+    expected = perplexity(model, tokenizer.encode(text.read_text(), add_special_tokens=True), 64, 32)
+    assert code == 0 and out == f"text.txt: perplexity {expected}\n"
+    assert_one_error(run(capsys, "evaluate", "--model", "offline", "--text", text, "--save", "x"), "--save")
