@@ -58,7 +58,8 @@ def tar(members: dict[str, bytes | tarfile.TarInfo]) -> bytes:
 
 def sdist(inner: bytes) -> bytes:
     project = b'[build-system]\nrequires = []\nbuild-backend = "b"\nbackend-path = ["."]\n'
-    return tar({"tiny_data-1.0/PKG-INFO": METADATA.format("tiny-data").encode(), "tiny_data-1.0/pyproject.toml": project,
+    return tar({"tiny_data-1.0/PKG-INFO": METADATA.format("tiny-data").encode(),
+                "tiny_data-1.0/pyproject.toml": project,
                 "tiny_data-1.0/b.py": BACKEND.encode(), "tiny_data-1.0/more/inner.tar.gz": inner})
 
 

@@ -15,11 +15,12 @@ from posttrain.model.tokenizer import Tokenizer
 
 TALK = [{"role": "user", "content": "hell 12 <b>é</b>"}, {"role": "assistant", "content": "Hello\n\n1."},
         {"role": "user", "content": "ö?"}, {"role": "assistant", "content": " 🙂 "}]
-MARKED = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
-          "<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}{{ '\n' }}{% endfor %}")
+MARKED = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}"
+          "{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}{{ '\n' }}{% endfor %}")
 TEXTS = [
     "", " ", "hello hell", "\n\n1", "a1b22c333", "  two  spaces", "tab\tnew\r\nline", "ﬁne ÅÅ é",
-    "日本語 текст", "עברית", "🙂👩‍👩‍👧", "<|im_end|>", "a<|im_start|>b <|endoftext|>", "'s 't I'll", "1234567890", "\x00\x7f",
+    "日本語 текст", "עברית", "🙂👩‍👩‍👧", "<|im_end|>",
+    "a<|im_start|>b <|endoftext|>", "'s 't I'll", "1234567890", "\x00\x7f",
 ]
 
 
