@@ -15,8 +15,9 @@ from posttrain.model.tokenizer import Tokenizer
 
 TALK = [{"role": "user", "content": "hell 12 <b>é</b>"}, {"role": "assistant", "content": "Hello\n\n1."},
         {"role": "user", "content": "ö?"}, {"role": "assistant", "content": " 🙂 "}]
-MARKED = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}"
-          "{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}{{ '\n' }}{% endfor %}")
+MARKED = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+          "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
+          "{% else %}{{ m.content }}<|im_end|>{% endif %}{{ '\n' }}{% endfor %}")
 TEXTS = [
     "", " ", "hello hell", "\n\n1", "a1b22c333", "  two  spaces", "tab\tnew\r\nline", "ﬁne ÅÅ é",
     "日本語 текст", "עברית", "🙂👩‍👩‍👧", "<|im_end|>",
