@@ -62,7 +62,7 @@ class Source:
 
 def cache_dir() -> Path:
     """$POSTTRAIN_CACHE, else ~/.cache/posttrain."""
-    return Path(os.environ.get("POSTTRAIN_CACHE") or Path.home() / ".cache" / "posttrain").expanduser()
+    return Path(os.environ.get("POSTTRAIN_CACHE") or Path.home() / ".cache" / "posttrain").expanduser().absolute()
 
 
 def fetch(name: str, progress: bool = True) -> Path:
@@ -92,7 +92,10 @@ def fetch(name: str, progress: bool = True) -> Path:
 def origin(folder: str | os.PathLike) -> dict[str, Any]:
     """What origin.json says of a fetched folder: package, file, sha256, licence, note. {} for any other folder."""
     file = Path(folder) / "origin.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    try:
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError as error:
+        raise PosttrainError(f"{file} is not JSON ({error}); delete {folder} and fetch it again") from error
 
 
 def _fetch(source: Source, folder: Path, work: Path, progress: bool) -> None:

@@ -131,6 +131,9 @@ def test_another_version_of_the_source_is_fetched_anew(place, monkeypatch):
     monkeypatch.setitem(SOURCES, "ratings", replace(RATINGS, origin={"licence": "other"}))
     assert (fetch("ratings", progress=False) / "ratings.txt").read_bytes() == DATA
     assert origin(folder)["licence"] == "other" and origin(place) == {}
+    (folder / "origin.json").write_text("{")
+    with pytest.raises(PosttrainError, match="not JSON .* delete .*ratings and fetch it again"):
+        fetch("ratings", progress=False)
 
 
 def test_an_interruption_after_the_download_keeps_the_archive(place, monkeypatch):
