@@ -27,7 +27,7 @@ static int machine_levels(level *out) {
         !__builtin_cpu_supports("avx512dq"))
         return n;
     out[n++] = (level){"avx512", &isa_avx512, NO_UNITS};
-    if (!__builtin_cpu_supports("avx512bf16") || !__builtin_cpu_supports("avx512vbmi")) return n;
+    if (!__builtin_cpu_supports("avx512bf16")) return n;
     out[n++] = (level){"avx512_bf16", &isa_avx512, DOT_BF16};
     if (amx_available()) out[n++] = (level){"amx", &isa_avx512, AMX};
 #endif

@@ -127,3 +127,11 @@ static inline void narrow32(const float *x, int dtype, void *out, int64_t i) {
         else _mm_storeu_si128((void *)((uint16_t *)out + i + j), halves(f, dtype));
     }
 }
+
+static inline void decode16(const uint8_t *codes, float scale, float offset, float *out) {
+    for (int half = 0; half < 16; half += 8) {
+        __m256i index = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const void *)(codes + half)));
+        __m256 product = _mm256_mul_ps(_mm256_i32gather_ps(dynamic_map, index, 4), _mm256_set1_ps(scale));
+        _mm256_storeu_ps(out + half, _mm256_add_ps(product, _mm256_set1_ps(offset)));
+    }
+}

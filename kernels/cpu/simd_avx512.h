@@ -116,3 +116,9 @@ static inline void narrow32(const float *x, int dtype, void *out, int64_t i) {
         _mm256_storeu_si256((void *)((uint16_t *)out + i + half), h);
     }
 }
+
+static inline void decode16(const uint8_t *codes, float scale, float offset, float *out) {
+    __m512i index = _mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)codes));
+    __m512 product = _mm512_mul_ps(_mm512_i32gather_ps(index, dynamic_map, 4), _mm512_set1_ps(scale));
+    _mm512_storeu_ps(out, _mm512_add_ps(product, _mm512_set1_ps(offset)));
+}

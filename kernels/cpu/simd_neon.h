@@ -98,3 +98,10 @@ static inline void narrow32(const float *x, int dtype, void *out, int64_t i) {
         else vst1_u16((uint16_t *)out + i + j, halves(vld1q_f32(x + j), dtype));
     }
 }
+
+static inline void decode16(const uint8_t *codes, float scale, float offset, float *out) {
+    for (int i = 0; i < 16; i++) {
+        float product = dynamic_map[codes[i]] * scale;
+        out[i] = product + offset;
+    }
+}

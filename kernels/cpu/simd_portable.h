@@ -63,3 +63,11 @@ static inline void widen32(const void *x, int dtype, int64_t i, float *out) {
 static inline void narrow32(const float *x, int dtype, void *out, int64_t i) {
     for (int j = 0; j < 32; j++) store_float(x[j], dtype, out, i + j);
 }
+
+/* 16 codes of double quantization decoded: two roundings. */
+static inline void decode16(const uint8_t *codes, float scale, float offset, float *out) {
+    for (int i = 0; i < 16; i++) {
+        float product = dynamic_map[codes[i]] * scale;
+        out[i] = product + offset;
+    }
+}

@@ -70,7 +70,9 @@ static void decode_absmax(const weight *w, int64_t first, int64_t count, float *
     for (int64_t i = 0; i < count;) {
         int64_t nested = (first + i) / w->nested_block_size, stop = (nested + 1) * w->nested_block_size - first;
         float scale = w->nested_absmax[nested], offset = w->offset;
-        for (stop = stop < count ? stop : count; i < stop; i++) {
+        stop = stop < count ? stop : count;
+        for (; i + 16 <= stop; i += 16) decode16(codes + i, scale, offset, out + i);
+        for (; i < stop; i++) {
             float product = dynamic_map[codes[i]] * scale;
             out[i] = product + offset;
         }
@@ -123,6 +125,20 @@ static void dequantize_wide(const weight *w, const float *absmax, int64_t start,
     else dequantize32(w, absmax, start, count, BFLOAT16, out);
 }
 
+/* Codes of `count` values: how many thresholds lie strictly below, found by halving (255 = 128 + 64 + ... + 1), many searches
+ * side by side. */
+enum { SEARCHES = 64 };
+static void search(const float *absmax, int64_t count, float offset, float r, int smallest, uint8_t *codes) {
+    float scaled[SEARCHES] = {0};
+    int32_t found[SEARCHES] = {0};
+    for (int64_t i = 0; i < count; i++) scaled[i] = (absmax[i] - offset) * r;
+    for (int bit = 7; bit >= 0; bit--) {
+        const float *at = dynamic_thresholds + (1 << bit) - 1;
+        for (int i = 0; i < SEARCHES; i++) found[i] += (scaled[i] > at[found[i]]) << bit; /* no branch: nothing to predict */
+    }
+    for (int64_t i = 0; i < count; i++) codes[i] = found[i] > smallest ? found[i] : smallest;
+}
+
 static void double_quantize(const float *absmax, int64_t n, int64_t block_size, float offset, int64_t first, int64_t last,
                             uint8_t *codes, float *nested_absmax) {
     for (int64_t b = first; b < last; b++) {
@@ -136,11 +152,9 @@ static void double_quantize(const float *absmax, int64_t n, int64_t block_size, 
         float r = 1.0f / (largest > 1e-38f ? largest : 1e-38f);
         int smallest = 0; /* the first code whose reconstruction is not negative: less would flip the signs of a whole block */
         while (smallest < 255 && dynamic_map[smallest] * largest + offset < 0) smallest++;
-        for (int64_t i = start; i < stop; i++) {
-            float scaled = (absmax[i] - offset) * r;
-            int code = 0; /* thresholds strictly below, by halving: 255 = 128 + 64 + ... + 1 */
-            for (int step = 128; step; step >>= 1) code += scaled > dynamic_thresholds[code + step - 1] ? step : 0;
-            codes[i] = code > smallest ? code : smallest;
+        for (int64_t i = start; i < stop; i += SEARCHES) {
+            int64_t count = stop - i < SEARCHES ? stop - i : SEARCHES;
+            search(absmax + i, count, offset, r, smallest, codes + i);
         }
     }
 }
