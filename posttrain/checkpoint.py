@@ -23,13 +23,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .atomic import atomic_dir
 from .errors import PosttrainError
 from .lora import active_adapter, adapter_parameters, save_adapter
+from .model.safetensors_file import SafetensorsReader, write_safetensors
 from .peft_format import WEIGHTS_FILE
 
 OPTIMIZER, STATE = "optimizer.safetensors", "trainer_state.json"
@@ -93,15 +92,11 @@ def save_checkpoint(
         if (weights := weights_file(model)) == WEIGHTS_FILE:
             save_adapter(model, temporary)
         else:
-            save_file(_on_disk(trainable(model)), temporary / weights, metadata={"format": "pt"})
-        save_file(_on_disk(tensors), temporary / OPTIMIZER, metadata={"format": "pt"})
+            write_safetensors(temporary / weights, trainable(model).items())
+        write_safetensors(temporary / OPTIMIZER, tensors.items())
         content = json.dumps({**state, "random_states": random_states()}, allow_nan=False)
         (temporary / STATE).write_text(content, encoding="utf-8")
     return path
-
-
-def _on_disk(tensors: dict[str, Any]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def checkpoints(folder: str | os.PathLike) -> list[Path]:
@@ -129,6 +124,11 @@ def read_state(path: str | os.PathLike) -> dict[str, Any]:
         raise PosttrainError(f"{file} cannot be read ({error}); resume from another checkpoint") from error
 
 
+def _read(path: Path) -> dict[str, Tensor]:
+    with SafetensorsReader(path) as file:
+        return {name: file.read(name) for name in file.entries}
+
+
 def load_checkpoint(path: str | os.PathLike, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Put weights, optimizer and random states back as `save_checkpoint` found them; returns its `state`.
 
@@ -137,8 +137,8 @@ def load_checkpoint(path: str | os.PathLike, model: nn.Module, optimizer: torch.
     path = Path(path)
     state = read_state(path)
     try:
-        weights, moments = load_file(path / weights_file(model)), load_file(path / OPTIMIZER)
-    except (OSError, SafetensorError) as error:
+        weights, moments = _read(path / weights_file(model)), _read(path / OPTIMIZER)
+    except (OSError, PosttrainError) as error:
         raise PosttrainError(f"{path} is damaged ({error}); resume from another checkpoint") from error
     parameters = trainable(model)
     ours = {name: (tuple(p.shape), p.dtype) for name, p in parameters.items()}
@@ -149,13 +149,17 @@ def load_checkpoint(path: str | os.PathLike, model: nn.Module, optimizer: torch.
             f"{path} holds other parameters than this model trains ({len(different)} differ, {different[0]} first); "
             "resume with the model and adapter settings that the run was started with"
         )
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
     entries: dict[str, dict[str, Tensor]] = {name: {} for name in parameters}
     for key, value in moments.items():
         name, _, entry = key.rpartition(".")
+        if name not in entries:
+            raise PosttrainError(
+                f"{path / OPTIMIZER} is of another model: it holds {key}; resume from another checkpoint"
+            )
         entries[name][entry] = value
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])
     order = [p for group in optimizer.param_groups for p in group["params"]]
     index = {id(p): i for i, p in enumerate(order)}
     packed = optimizer.state_dict()

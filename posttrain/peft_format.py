@@ -13,14 +13,13 @@ import warnings
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .atomic import atomic_write
 from .errors import PosttrainError
 from .fingerprint import METADATA_KEY
 from .lora_config import LoraConfig
+from .model.safetensors_file import SafetensorsReader, write_safetensors
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -91,9 +90,7 @@ def write_adapter(
     content = json.dumps(config_to_peft(config, base_model), indent=2, sort_keys=True) + "\n"
     with atomic_write(path / CONFIG_FILE) as description, atomic_write(path / WEIGHTS_FILE) as weights:
         description.write_text(content, encoding="utf-8")
-        contiguous = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-        metadata = {"format": "pt", **({METADATA_KEY: fingerprint} if fingerprint else {})}
-        save_file(contiguous, weights, metadata=metadata)
+        write_safetensors(weights, tensors.items(), {METADATA_KEY: fingerprint} if fingerprint else {})
 
 
 def read_adapter(path: str | os.PathLike) -> tuple[LoraConfig, dict[str, Tensor], str | None]:
@@ -106,12 +103,6 @@ def read_adapter(path: str | os.PathLike) -> tuple[LoraConfig, dict[str, Tensor]
         content = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
     except ValueError as error:
         raise PosttrainError(f"{path / CONFIG_FILE} is not JSON in UTF-8: {error}") from error
-    try:
-        with safe_open(path / WEIGHTS_FILE, "pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
-            metadata = file.metadata() or {}
-    except SafetensorError as error:
-        raise PosttrainError(
-            f"{path / WEIGHTS_FILE} is damaged or cut short: {error}; copy or train it again"
-        ) from error
+    with SafetensorsReader(path / WEIGHTS_FILE) as file:
+        tensors, metadata = {name: file.read(name) for name in file.entries}, file.metadata
     return config_from_peft(content, path / CONFIG_FILE), tensors, metadata.get(METADATA_KEY)

@@ -110,16 +110,16 @@ def test_a_full_disk_leaves_the_checkpoints_that_were_there(tmp_path, monkeypatc
     model, optimizer = started(adapter=False)
     save_checkpoint(tmp_path, model, optimizer, {"step": 2})
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    real, calls = checkpoint.save_file, []
+    real, calls = checkpoint.write_safetensors, []
 
-    def full(tensors, path, metadata):
+    def full(path, tensors):
         calls.append(path)
         if len(calls) == fails_at:
             path.write_bytes(b"half")
             raise OSError(errno.ENOSPC, "No space left on device")
-        real(tensors, path, metadata=metadata)
+        real(path, tensors)
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(checkpoint, "write_safetensors", full)
     for number in (2, 3):
         calls.clear()
         with pytest.raises(OSError, match="No space left"):
