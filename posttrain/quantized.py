@@ -40,7 +40,7 @@ class QuantizedLinear(nn.Module):
         self._dtype, self._block_size, self._quant_type = weight.dtype, weight.block_size, weight.quant_type
         # Frozen like the weight: train `bias` by asking for its gradient.
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        self._arguments: tuple | None = None
+        self._ready: tuple[QuantizedWeight, tuple, tuple] | None = None
 
     @classmethod
     def from_linear(
@@ -51,22 +51,22 @@ class QuantizedLinear(nn.Module):
     @property
     def weight(self) -> QuantizedWeight:
         """The weight as the kernels take it; its tensors are this module's buffers."""
+        return (self._ready or self._prepare())[0]
+
+    def _prepare(self) -> tuple[QuantizedWeight, tuple, tuple]:
+        """The weight and the operation's arguments, put together once: decoding calls the layer for every token."""
         absmax: Tensor | DoubleQuantized = self.absmax
         if self.nested_absmax is not None and self.nested_offset is not None:
             absmax = DoubleQuantized(self.absmax, self.nested_absmax, self.nested_offset, self._nested_block_size)
-        return QuantizedWeight(
-            self.packed, absmax, (self.out_features, self.in_features), self._dtype, self._block_size, self._quant_type
-        )
+        shape = self.out_features, self.in_features
+        weight = QuantizedWeight(self.packed, absmax, shape, self._dtype, self._block_size, self._quant_type)
+        self._ready = weight, weight.tensors(), (*shape, self._block_size, self._quant_type)
+        return self._ready
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) in float32, float16 or bfloat16 -> (..., out_features) in the same dtype."""
-        arguments = self._arguments
-        if arguments is None:
-            arguments = self._arguments = (
-                (self.packed, self.absmax, self.nested_absmax, self.nested_offset, self._nested_block_size),
-                (self.out_features, self.in_features, self._block_size, self._quant_type),
-            )
-        return _quantized_linear(x, *arguments[0], self.bias, *arguments[1])
+        _, tensors, sizes = self._ready or self._prepare()
+        return _quantized_linear(x, *tensors, self.bias, *sizes)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         """Device moves apply to the buffers, dtype changes do not: a bfloat16 absmax would be another weight."""
@@ -75,12 +75,12 @@ class QuantizedLinear(nn.Module):
         for name, tensor in before.items():
             if tensor is not None and getattr(self, name).dtype != tensor.dtype:
                 setattr(self, name, tensor.to(getattr(self, name).device))
-        self._arguments = None
+        self._ready = None
         return self
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._arguments = None
+        self._ready = None
 
     def extra_repr(self) -> str:
         return (

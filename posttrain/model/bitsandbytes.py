@@ -1,14 +1,10 @@
-"""bitsandbytes' 4-bit layout inside a Hugging Face directory.
+"""bitsandbytes' 4-bit layers inside a Hugging Face directory.
 
-A quantized linear layer `L` is stored as L.weight (the packed bytes) and, named after it, L.weight.absmax, L.weight.quant_map,
-with double quantization L.weight.nested_absmax and L.weight.nested_quant_map, and L.weight.quant_state.bitsandbytes__nf4 (or
-__fp4), JSON in a uint8 tensor. config.json has a quantization_config of quant_method "bitsandbytes".
+How one weight is stored is `QuantizedWeight.to_bitsandbytes`'s to say: L.weight (the packed bytes) and statistics named
+L.weight.absmax and so on. Here: which of a checkpoint's tensors those are, and config.json's quantization_config.
 """
-
 from __future__ import annotations
 
-import json
-import math
 from typing import Any
 
 import torch
@@ -16,119 +12,51 @@ from torch import Tensor
 
 from posttrain.errors import PosttrainError
 from posttrain.kernels import DoubleQuantized, QuantizedWeight
-from posttrain.kernels.codebooks import CODEBOOKS, DYNAMIC_MAP
 
 from .checkpoint import Checkpoint
-from .config import parse_dtype
 
 _STATE = ".weight.quant_state.bitsandbytes__"
-_STATISTICS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 
 
-def packed_linears(checkpoint: Checkpoint) -> dict[str, str]:
-    """{linear layer: quant_type} of those the checkpoint holds in 4 bits; empty for a dense one.
+def packed_linears(checkpoint: Checkpoint) -> dict[str, list[str]]:
+    """{linear layer: names of its weight's statistics} of those the checkpoint holds in 4 bits; empty for a dense one.
 
-    Raises PosttrainError when config.json names a quantization other than bitsandbytes' 4-bit one, or none while the tensors do.
+    Raises PosttrainError when config.json names a quantization and the tensors are not bitsandbytes' 4-bit ones.
     """
-    config = checkpoint.config.get("quantization_config")
-    packed = dict(name.split(_STATE, 1) for name in checkpoint.names() if _STATE in name)
-    if config is None and not packed:
-        return {}
-    method = (config or {}).get("quant_method", "bitsandbytes" if packed else None)
-    if method != "bitsandbytes" or not packed:
-        bits = "8-bit" if (config or {}).get("load_in_8bit") else "no 4-bit"
+    config = checkpoint.config.get("quantization_config") or {}
+    names = checkpoint.names()
+    packed: dict[str, list[str]] = {name.split(_STATE)[0]: [] for name in names if _STATE in name}
+    if config and (config.get("quant_method", "bitsandbytes") != "bitsandbytes" or not packed):
+        kind = "8-bit" if config.get("load_in_8bit") else "no 4-bit"
         raise PosttrainError(
-            f"{checkpoint.path}: config.json's quantization_config has quant_method {method!r} and {bits} layers; expected a dense "
-            "checkpoint or one that bitsandbytes saved in 4 bits"
+            f"{checkpoint.path}: config.json's quantization_config has quant_method {config.get('quant_method')!r} and "
+            f"the tensors are {kind} ones; expected a dense checkpoint or one that bitsandbytes saved in 4 bits"
         )
+    for name in names:
+        owner, separator, _ = name.partition(".weight.")
+        if separator and owner in packed:
+            packed[owner].append(name)
     return packed
 
 
-def is_statistic(name: str, packed: dict[str, str]) -> bool:
-    """Whether this tensor belongs to a packed weight without being it."""
-    owner, separator, rest = name.partition(".weight.")
-    return bool(separator) and owner in packed and (rest in _STATISTICS or rest.startswith("quant_state."))
-
-
 def read_weight(
-    checkpoint: Checkpoint, linear: str, quant_type: str, packed: Tensor, device: str | torch.device
+    checkpoint: Checkpoint, linear: str, statistics: list[str], weight: Tensor, shape: tuple[int, ...], device: str | torch.device
 ) -> QuantizedWeight:
-    """A linear layer's quantized weight from its packed tensor (read already) and the statistics the checkpoint holds for it.
+    """A linear layer's quantized weight, from its packed tensor (read already) and its statistics' names.
 
-    Raises PosttrainError naming the layer when a statistic is missing, malformed, or does not fit the others.
+    Raises PosttrainError naming the layer when they are malformed or the weight's shape is not `shape`.
     """
-
-    def fail(what: str) -> PosttrainError:
-        return PosttrainError(f"{checkpoint.path}: the 4-bit weight of {linear} {what}; save the model again")
-
-    def statistic(name: str, dtype: torch.dtype, count: int) -> Tensor:
-        try:
-            tensor = checkpoint.read(f"{linear}.weight.{name}")
-        except KeyError:
-            raise fail(f"has no {name}") from None
-        if tensor.dtype != dtype or tensor.numel() != count:
-            raise fail(f"has {tensor.numel()} values of {tensor.dtype} as {name}; expected {count} of {dtype}")
-        return tensor.reshape(-1).to(device)
-
-    raw = checkpoint.read(f"{linear}{_STATE}{quant_type}")
+    state = {name: checkpoint.read(name).to(device) for name in statistics} | {f"{linear}.weight": weight.to(device)}
     try:
-        state = json.loads(bytes(raw.numpy()))
-        shape, block_size = tuple(map(int, state["shape"])), int(state["blocksize"])
-        dtype = parse_dtype(state["dtype"])
-        nested_block_size, offset = state.get("nested_blocksize"), state.get("nested_offset")
-    except (ValueError, KeyError, TypeError) as error:
-        raise fail(f"has a malformed quant_state ({error})") from error
-    codebook = CODEBOOKS.get(quant_type)
-    if codebook is None or state.get("quant_type") != quant_type:
-        raise fail(f"has quant_type {state.get('quant_type')!r} and is named {quant_type!r}; expected nf4 or fp4")
-    # Compared as numbers: FP4's second zero is -0.0 in some writers.
-    if not torch.equal(statistic("quant_map", torch.float32, 16).cpu(), codebook.cpu()):
-        raise fail(f"has a quant_map other than {quant_type}'s")
-    numel = math.prod(shape)
-    packed = (
-        packed.reshape(-1).view(torch.uint8).to(device)
-    )  # quant_storage may have written the bytes as another dtype
-    if packed.numel() != (numel + 1) // 2:
-        raise fail(f"has {packed.numel()} packed bytes; expected {(numel + 1) // 2} for shape {list(shape)}")
-    blocks = -(-numel // block_size)
-    if nested_block_size is None:
-        return QuantizedWeight(packed, statistic("absmax", torch.float32, blocks), shape, dtype, block_size, quant_type)
-    if not torch.equal(statistic("nested_quant_map", torch.float32, 256).cpu(), DYNAMIC_MAP.cpu()):
-        raise fail("has a nested_quant_map other than the dynamic one")
-    absmax = DoubleQuantized(
-        statistic("absmax", torch.uint8, blocks),
-        statistic("nested_absmax", torch.float32, -(-blocks // nested_block_size)),
-        torch.tensor(offset, dtype=torch.float32, device=device),
-        nested_block_size,
-    )
-    return QuantizedWeight(packed, absmax, shape, dtype, block_size, quant_type)
-
-
-def write_weight(linear: str, weight: QuantizedWeight) -> list[tuple[str, Tensor]]:
-    """The tensors that bitsandbytes reads this weight from, the packed one first."""
-    prefix = f"{linear}.weight"
-    state: dict[str, Any] = {
-        "quant_type": weight.quant_type,
-        "blocksize": weight.block_size,
-        "dtype": str(weight.dtype).removeprefix("torch."),
-        "shape": list(weight.shape),
-    }
-    tensors = [(prefix, weight.packed.view(-1, 1)), (f"{prefix}.quant_map", CODEBOOKS[weight.quant_type])]
-    if isinstance(weight.absmax, DoubleQuantized):
-        state |= {
-            "nested_blocksize": weight.absmax.block_size,
-            "nested_dtype": "float32",
-            "nested_offset": weight.absmax.offset.item(),
-        }
-        tensors += [
-            (f"{prefix}.absmax", weight.absmax.codes),
-            (f"{prefix}.nested_absmax", weight.absmax.absmax),
-            (f"{prefix}.nested_quant_map", DYNAMIC_MAP),
-        ]
-    else:
-        tensors.append((f"{prefix}.absmax", weight.absmax))
-    text = torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
-    return [*tensors, (f"{linear}{_STATE}{weight.quant_type}", text)]
+        quantized = QuantizedWeight.from_bitsandbytes(state, f"{linear}.")
+    except (KeyError, ValueError) as error:
+        raise PosttrainError(f"{checkpoint.path}: {error.args[0]}") from error
+    if quantized.shape != shape:
+        raise PosttrainError(
+            f"{checkpoint.path}: {linear}.weight has shape {list(quantized.shape)} in its quant_state; config.json's model "
+            f"needs {list(shape)}"
+        )
+    return quantized
 
 
 def quantization_config(weight: QuantizedWeight) -> dict[str, Any]:

@@ -52,17 +52,20 @@ def load(
         if packed and quantize is not None:
             raise ValueError(f"{path} is in 4 bits already; load it with quantize=None")
         _check_tensors(checkpoint, model, packed)
+        statistics = {name for names in packed.values() for name in names}
         prints = Fingerprint(config)
         linears = dict(quantizable_linears(model)) if quantize is not None else {}
         for name in checkpoint.names():
-            if _ignored(name, config) or bitsandbytes.is_statistic(name, packed):
+            if _ignored(name, config) or name in statistics:
                 continue
             owner, _, last = name.rpartition(".")
             tensor = checkpoint.read(name)
             prints.update(name, tensor)
             if last == "weight" and owner in packed:
-                weight = bitsandbytes.read_weight(checkpoint, owner, packed[owner], tensor, device)
-                _replace_linear(model, owner, QuantizedLinear(weight, model.get_submodule(owner).bias))
+                linear = model.get_submodule(owner)
+                shape = tuple(linear.weight.shape)
+                weight = bitsandbytes.read_weight(checkpoint, owner, packed[owner], tensor, shape, device)
+                _replace_linear(model, owner, QuantizedLinear(weight, linear.bias))
                 continue
             tensor = tensor.to(device, chosen)
             if last == "weight" and owner in linears:
@@ -122,7 +125,7 @@ def _groups(model: CausalLM) -> Iterator[list[tuple[str, Tensor]]]:
     """The model's tensors by their names in the file; a quantized weight and its statistics together, the weight first."""
     for owner, module in model.named_modules():
         if isinstance(module, QuantizedLinear):
-            yield bitsandbytes.write_weight(owner, module.weight)
+            yield list(module.weight.to_bitsandbytes(f"{owner}.").items())
             tensors: dict[str, Tensor | None] = {"bias": module.bias}
         else:
             tensors = {**module._parameters, **module._buffers}
@@ -141,12 +144,11 @@ def _ignored(name: str, config: ModelConfig) -> bool:
     return name.endswith("rotary_emb.inv_freq") or (config.tie_word_embeddings and name == "lm_head.weight")
 
 
-def _check_tensors(checkpoint: Checkpoint, model: CausalLM, packed: dict[str, str]) -> None:
+def _check_tensors(checkpoint: Checkpoint, model: CausalLM, packed: dict[str, list[str]]) -> None:
     """PosttrainError naming the tensors unless the checkpoint's names, shapes and dtypes are the model's."""
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    names = {
-        n for n in checkpoint.names() if not _ignored(n, model.config) and not bitsandbytes.is_statistic(n, packed)
-    }
+    statistics = {name for names in packed.values() for name in names}
+    names = {name for name in checkpoint.names() if not _ignored(name, model.config)} - statistics
     about = f"{checkpoint.path} does not hold the {model.config.architecture} that its config.json describes"
     if missing := sorted(expected.keys() - names):
         raise PosttrainError(f"{about}: it lacks {_some(missing)}")
