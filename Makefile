@@ -49,9 +49,8 @@ bench:           ## every operation and method beside its peers, on this machine
 	$(MAKE) install EXTRAS=test,bench,peers
 	for file in benchmarks/bench_*.py; do PYTHONSAFEPATH=1 $(BIN)/python $$file || exit 1; done
 
-lint: $(STAMP)   ## ruff and mypy
+lint: $(STAMP)   ## ruff
 	$(BIN)/ruff check .
-	$(BIN)/mypy
 
 wheel: $(STAMP)  ## build the wheel and import it from an empty directory, in a fresh environment
 	rm -rf dist build
