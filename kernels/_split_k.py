@@ -46,4 +46,4 @@ def aot_variants() -> Iterator[Variant]:
         signature = {"partial_ptr": "*fp32", "bias_ptr": "*bf16", "y_ptr": "*bf16", "size": "i32:16", "N": "i32:16"}
         signature |= dict.fromkeys(("SPLIT_K", "HAS_BIAS", "BLOCK"), "constexpr")
         constexprs = {"SPLIT_K": split_k, "HAS_BIAS": True, "BLOCK": _BLOCK}
-        yield Variant(f"add_parts split_k={split_k}", _add_parts_kernel, signature, constexprs)
+        yield Variant(f"add_parts_bf16_{split_k}", _add_parts_kernel, signature, constexprs)

@@ -58,7 +58,7 @@ def _split8(v, WARPS: tl.constexpr, LANES: tl.constexpr):
     return v0, v1, v2, v3, v4, v5, v6, v7
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "chunks_per_part", "block_shift"])
 def _quantized_linear_decode_kernel(
     x_ptr, packed_ptr, absmax_ptr, dynamic_map_ptr, nested_absmax_ptr, nested_offset_ptr, values_ptr, bias_ptr, y_ptr,
     M, N, K, stride_xm, chunks_per_part, block_shift,
@@ -100,8 +100,6 @@ def _quantized_linear_decode_kernel(
                     absmax_ptr, block, mask, dynamic_map_ptr, nested_absmax_ptr, nested_offset_ptr, NESTED_BLOCK
                 ),
             )
-            for _ in tl.static_range(TILE_M):
-                part = part + (tl.zeros((WARPS, LANES), tl.float32),)
         for i in tl.static_range(4):
             xs = ()
             for m in tl.static_range(TILE_M):
@@ -112,16 +110,18 @@ def _quantized_linear_decode_kernel(
             sums = ()
             for r in tl.static_range(ROWS):
                 row_sums = ()
-                for m in tl.static_range(TILE_M):
-                    row_sums = row_sums + (part[r * TILE_M + m],)
                 for e in tl.static_range(8):  # element e of a word: byte e // 2, the high nibble first
                     code = (words[r][i] >> (8 * (e // 2) + 4 - 4 * (e % 2))) & 15
                     value = tl.gather(table, code, 1)
                     following = ()
                     for m in tl.static_range(TILE_M):
-                        following = following + (tl.fma(value, xs[m][e].to(tl.float32), row_sums[m]),)
+                        xe = xs[m][e].to(tl.float32)
+                        following = following + (value * xe if e == 0 else tl.fma(value, xe, row_sums[m]),)
                     row_sums = following
-                sums = sums + row_sums
+                word_sums = ()  # short chains: they round less and wait less than one of 32
+                for m in tl.static_range(TILE_M):
+                    word_sums = word_sums + (row_sums[m] if i == 0 else part[r * TILE_M + m] + row_sums[m],)
+                sums = sums + word_sums
             part = sums
         total = ()
         for r in tl.static_range(ROWS):
@@ -172,29 +172,26 @@ def rows_per_warp(tile_m: int) -> int:
 
 
 def aot_variants() -> Iterator[Variant]:
-    """Every tile in bf16, fp16 and fp32, nested and plain, split and not."""
+    """Every tile; every dtype, nested and plain absmax, whole sums and parts of K, though not all of their combinations."""
     pointers = ("x", "packed", "absmax", "dynamic_map", "nested_absmax", "nested_offset", "values", "bias", "y")
-    for dtype in ("bf16", "fp16", "fp32"):
-        for tile_m in ROW_TILES:
-            for nested in (True, False):
-                for split_k in (1, 4) if nested else (1,):
-                    types = dict.fromkeys(pointers, "*fp32") | {"x": f"*{dtype}", "packed": "*u8", "bias": f"*{dtype}"}
-                    types["absmax"] = "*u8" if nested else "*fp32"
-                    types["y"] = f"*{dtype}" if split_k == 1 else "*fp32"
-                    signature = {f"{name}_ptr": types[name] for name in pointers}
-                    signature |= {"M": "i32", "N": "i32:16", "K": "i32:16", "stride_xm": "i32:16"}
-                    signature |= {"chunks_per_part": "i32", "block_shift": "i32"}
-                    for backend_name, lanes in (("cuda", 32), ("hip", 64)):
-                        constexprs = {
-                            "NESTED_BLOCK": 256 if nested else 0, "HAS_BIAS": split_k == 1, "SPLIT_K": split_k,
-                            "TILE_M": tile_m, "ROWS": rows_per_warp(tile_m), "WARPS": WARPS, "LANES": lanes,
-                        }  # fmt: skip
-                        yield Variant(
-                            f"quantized_linear_decode {dtype} M={tile_m} nested={nested} split_k={split_k}",
-                            _quantized_linear_decode_kernel,
-                            signature | dict.fromkeys(constexprs, "constexpr"),
-                            constexprs,
-                            num_warps=WARPS,
-                            options={"enable_fp_fusion": False},
-                            backends=(backend_name,),
-                        )
+    for tile_m in ROW_TILES:
+        for dtype, nested, split_k in (("bf16", True, 1), ("fp16", False, 4), ("fp32", True, 1)):
+            types = dict.fromkeys(pointers, "*fp32") | {"x": f"*{dtype}", "packed": "*u8", "bias": f"*{dtype}"}
+            types |= {"absmax": "*u8" if nested else "*fp32", "y": f"*{dtype}" if split_k == 1 else "*fp32"}
+            signature = {f"{name}_ptr": types[name] for name in pointers}
+            signature |= {"M": "i32", "N": "i32:16", "K": "i32:16", "stride_xm": "i32:16"}
+            signature |= {"chunks_per_part": "i32", "block_shift": "i32"}
+            for backend_name, lanes in (("cuda", 32), ("hip", 64)):
+                constexprs = {
+                    "NESTED_BLOCK": 256 if nested else 0, "HAS_BIAS": split_k == 1, "SPLIT_K": split_k,
+                    "TILE_M": tile_m, "ROWS": rows_per_warp(tile_m), "WARPS": WARPS, "LANES": lanes,
+                }  # fmt: skip
+                yield Variant(
+                    f"quantized_linear_decode_{dtype}_{tile_m}" + "_nested" * nested + "_split" * (split_k > 1),
+                    _quantized_linear_decode_kernel,
+                    signature | dict.fromkeys(constexprs, "constexpr"),
+                    constexprs,
+                    num_warps=WARPS,
+                    options={"enable_fp_fusion": False},
+                    backends=(backend_name,),
+                )

@@ -37,6 +37,7 @@ from .quantized_linear_decode import split4
 WARPS = 4
 BLOCK_N = 16 * WARPS
 NUM_STAGES = 2
+TILES = (16, 32, 64)  # rows of x that share one decoding of W
 BLOCK_K = tl.constexpr(128)
 
 
@@ -47,7 +48,7 @@ def _join8(v):
     return tl.join(first, tl.join(tl.join(v[4], v[5]), tl.join(v[6], v[7])))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "tiles_per_part", "block_shift"])
 def _quantized_linear_gemm_kernel(
     x_ptr, packed_ptr, absmax_ptr, dynamic_map_ptr, nested_absmax_ptr, nested_offset_ptr, values_ptr, bias_ptr, y_ptr,
     M, N, K, stride_xm, tiles_per_part, block_shift,
@@ -132,7 +133,7 @@ def _quantized_linear_gemm_kernel(
 def gemm_tile(M: int, backend_name: str, arch: int | str) -> tuple[int, int, int]:
     """(BLOCK_M, TILES_M, K_WIDTH) for M rows. mma.sync lays four warps along W's rows only for tiles of 16 rows of x, so a
     program takes several; wgmma and tcgen05 take up to 64 at once, wgmma in fragments of two consecutive k."""
-    rows = next((r for r in (16, 32, 64) if M <= r), 64)
+    rows = next((r for r in TILES if M <= r), TILES[-1])
     if backend_name == "cuda" and 90 <= arch < 120:
         return rows, 1, 2 if arch < 100 else 8
     return 16, rows // 16, 8
@@ -170,17 +171,15 @@ def quantized_linear_gemm_triton(
 
 
 def aot_variants() -> Iterator[Variant]:
-    """Every tile of every target in bf16 and fp16; nested and plain, split and not, K even and ragged for the smallest."""
+    """Every tile of every target; each dtype, nested and plain absmax, whole sums and parts of K, K in whole tiles and not,
+    though not all of their combinations."""
     pointers = ("x", "packed", "absmax", "dynamic_map", "nested_absmax", "nested_offset", "values", "bias", "y")
-    archs = (("cuda", 80), ("cuda", 90), ("cuda", 100), ("hip", "gfx942"))
-    tiles = [(backend_name, arch, M) for backend_name, arch in archs for M in (16, 32, 64)]
-    for backend_name, arch, M in tiles:
-        for dtype in ("bf16", "fp16"):
-            for nested, split_k, even_k in ((True, 1, True), (True, 4, True), (False, 1, False)):
+    for backend_name, arch in (("cuda", 80), ("cuda", 90), ("cuda", 100), ("hip", "gfx942")):
+        for M in TILES:
+            for dtype, nested, split_k, even_k in (("bf16", True, 1, True), ("fp16", False, 4, False)):
                 block_m, tiles_m, k_width = gemm_tile(M, backend_name, arch)
                 types = dict.fromkeys(pointers, "*fp32") | {"x": f"*{dtype}", "packed": "*u8", "bias": f"*{dtype}"}
-                types["absmax"] = "*u8" if nested else "*fp32"
-                types["y"] = f"*{dtype}" if split_k == 1 else "*fp32"
+                types |= {"absmax": "*u8" if nested else "*fp32", "y": f"*{dtype}" if split_k == 1 else "*fp32"}
                 signature = {f"{name}_ptr": types[name] for name in pointers}
                 signature |= {"M": "i32", "N": "i32:16", "K": "i32:16", "stride_xm": "i32:16"}
                 signature |= {"tiles_per_part": "i32", "block_shift": "i32"}
@@ -189,7 +188,7 @@ def aot_variants() -> Iterator[Variant]:
                     "BLOCK_M": block_m, "TILES_M": tiles_m, "K_WIDTH": k_width, "WARPS": WARPS,
                 }  # fmt: skip
                 yield Variant(
-                    f"quantized_linear_gemm {backend_name} {arch} {dtype} M={M} nested={nested} split_k={split_k}",
+                    f"quantized_linear_gemm_{dtype}_{M}" + "_nested" * nested + "_split" * (split_k > 1),
                     _quantized_linear_gemm_kernel,
                     signature | dict.fromkeys(constexprs, "constexpr"),
                     constexprs,

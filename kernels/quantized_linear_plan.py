@@ -1,16 +1,17 @@
 """Which kernel computes x W^T on a GPU: a roofline of each way, as one function of (M, N, K, dtype, target).
 
-Fused kernels read 4 bits a weight but decode W again for every tile of rows; dequantizing first writes W whole and reads it
-back in 16 bits, once, and then runs at the vendor GEMM's speed. So with bytes over bandwidth B, warp instructions over issue
-rate I and multiply-adds over peak P, per weight:
+Fused kernels read 4 bits a weight but decode W again for every tile of rows; dequantizing first writes W whole, reads
+it back in x's dtype, once, and then runs at the vendor GEMM's speed. With bytes over bandwidth B, warp instructions i
+(of a tile of 4 or 64 rows) over issue rate I and multiply-adds over peak P, the seconds per weight are
 
-    decode      max(0.516 / B, i_1 ceil(M / 4) / I)           float32 sums on the ordinary cores; M = 1, and fp32 x
-    gemm        max(0.516 / B, i_64 ceil(M / 64) / I, 2 M / (P / 2))
+    decode      max(0.516 / B, i_4 max(M / 4, 1) / (I / 2))            float32 sums on the ordinary cores
+    gemm        max(0.516 / B, i_64 max(M / 64, 1) / I, 2 M / (P / 2))
     dequantize  (0.516 + 2 itemsize) / B + 2 M / (0.8 P)
 
-The instruction counts are the emulator's (`make counters`). What one half and 0.8 of peak stand for is an assumption, not a
-measurement: a GEMM that decodes between its MMAs, and a vendor's. They put the crossing near M = 500 on an A100 and 700 on an H100;
-bitsandbytes, whose thresholds were measured on GPUs, dequantizes above M = 1536 (256 on ROCm), for fp32 from M = 8.
+The instruction counts are the emulator's (`make counters`). What I / 2, P / 2 and 0.8 P stand for is an assumption, not
+a measurement: kernels that decode between their products, and a vendor's GEMM. They put the crossing at M = 461 on an
+A100, 889 on an H100, 261 on a B200 and 743 on an MI300X. bitsandbytes, whose thresholds come from such GPUs,
+dequantizes above M = 1536 (256 on ROCm), on a B200 earlier, and for fp32 from M = 8; ours is 25 to 31 there.
 """
 from __future__ import annotations
 
@@ -23,13 +24,12 @@ from ._triton import triton
 
 
 class Target(NamedTuple):
-    """A GPU by its data sheet: bytes/s of memory, warp instructions/s (SMs x 4 x clock), dense multiply-add flop/s, 16 bit and fp32."""
+    """A GPU by its data sheet."""
 
-    sms: int
-    bandwidth: float
-    issue_rate: float
-    flops: float
-    flops_fp32: float
+    bandwidth: float  # bytes/s of memory
+    issue_rate: float  # warp instructions/s: SMs x 4 schedulers x clock
+    flops: float  # dense flop/s of 16-bit multiply-adds
+    flops_fp32: float  # of float32 ones, without tf32
 
 
 class Plan(NamedTuple):
@@ -37,11 +37,10 @@ class Plan(NamedTuple):
     split_k: int = 1
 
 
-A100 = Target(108, 2.04e12, 108 * 4 * 1.41e9, 312e12, 19.5e12)
-H100 = Target(132, 3.35e12, 132 * 4 * 1.75e9, 989e12, 67e12)
-B200 = Target(148, 8.0e12, 148 * 4 * 1.85e9, 2250e12, 80e12)
-MI300X = Target(304, 5.3e12, 304 * 4 * 2.1e9, 1307e12, 163e12)
-TARGETS = {("cuda", 80): A100, ("cuda", 90): H100, ("cuda", 100): B200, ("hip", "gfx942"): MI300X}
+A100 = Target(2.04e12, 108 * 4 * 1.41e9, 312e12, 19.5e12)
+H100 = Target(3.35e12, 132 * 4 * 1.75e9, 989e12, 67e12)
+B200 = Target(8.0e12, 148 * 4 * 1.85e9, 2250e12, 80e12)
+MI300X = Target(5.3e12, 304 * 4 * 2.1e9, 1307e12, 163e12)
 
 GROUP = 32  # weights that a lane loads at once and that lie in one block: K must be a multiple
 PACKED_BYTES = 0.516  # of a weight at block size 64, nested absmax
@@ -54,7 +53,7 @@ MAX_SPLIT_K = 16
 
 
 def current_target() -> Target:
-    """The data sheet of the GPU that kernels are launched on; an unknown one is taken for the nearest older one here."""
+    """The data sheet of the GPU that kernels are launched on; an unknown one is taken for its nearest elder here."""
     target = triton.runtime.driver.active.get_current_target()
     if target.backend == "hip":
         return MI300X
@@ -67,7 +66,7 @@ def tile_rows(instructions: dict[int, float], M: int) -> int:
 
 
 def _split_k(programs: int, K: int, in_flight: int, step: int, target: Target) -> int:
-    """Parts of K, a power of two, that put enough bytes in flight to cover the latency at full bandwidth (Little's law)."""
+    """Parts of K, a power of two, that put enough bytes in flight to hide the latency at full bandwidth (Little's law)."""
     wanted = target.bandwidth * LATENCY / in_flight
     split_k = 1
     while split_k < MAX_SPLIT_K and programs * split_k < wanted and K >= 2 * split_k * step:
@@ -76,20 +75,20 @@ def _split_k(programs: int, K: int, in_flight: int, step: int, target: Target) -
 
 
 def plan(M: int, N: int, K: int, dtype: torch.dtype, target: Target) -> Plan:
-    """The kernel with the least modelled time for M rows of x against a weight (N, K), and into how many parts it cuts K."""
+    """The kernel of least modelled time for M rows of x against a weight (N, K), and into how many parts it cuts K."""
     if K % GROUP or N * K >= 2**36:
         return Plan("dequantize")  # a lane's 32 weights would straddle rows; or chunk numbers would pass 31 bits
     half = dtype != torch.float32
     itemsize = 2 if half else 4
     read = PACKED_BYTES / target.bandwidth
     rows = tile_rows(DECODE_INSTRUCTIONS, M)
-    decode = max(read, DECODE_INSTRUCTIONS[rows] * math.ceil(M / rows) / target.issue_rate)
+    decode = max(read, DECODE_INSTRUCTIONS[rows] * max(M / rows, 1) / (target.issue_rate / 2))
     dequantize = (PACKED_BYTES + 2 * itemsize) / target.bandwidth
     dequantize += 2 * M / (0.8 * (target.flops if half else target.flops_fp32))
     seconds = {"decode": decode, "dequantize": dequantize}
     if half and M > 1:
         tile = tile_rows(GEMM_INSTRUCTIONS, M)
-        issue = GEMM_INSTRUCTIONS[tile] * math.ceil(M / tile) / target.issue_rate
+        issue = GEMM_INSTRUCTIONS[tile] * max(M / tile, 1) / target.issue_rate
         seconds = {"gemm": max(read, issue, 2 * M / (target.flops / 2)), "dequantize": dequantize}
     kernel = min(seconds, key=seconds.__getitem__)
     if kernel == "dequantize":
