@@ -135,7 +135,8 @@ def test_bitsandbytes_reads_what_we_write(kind):
     functional = pytest.importorskip("bitsandbytes").functional
     absmax = _samples(700)[kind]
     dq = double_quantize(absmax)
-    state = functional.QuantState(absmax=dq.absmax, code=functional.create_dynamic_map().float(), blocksize=256, dtype=torch.float32)
+    code = functional.create_dynamic_map().float()
+    state = functional.QuantState(absmax=dq.absmax, code=code, blocksize=256, dtype=torch.float32)
     with torch.compiler.set_stance("force_eager"):
         theirs = functional.dequantize_blockwise(dq.codes, state) + dq.offset
     assert torch.equal(theirs, double_dequantize(dq))

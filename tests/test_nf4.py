@@ -167,11 +167,11 @@ def test_error_is_at_most_half_a_gap(values, quant_type):
     assert ((x.double() - restored.double()).abs() <= scale * (gap / 2 + roundings) + 2.0**-149).all()
 
 
-# mean |x - x~| of N(0, 1) values, as the QLoRA authors' library states them for 1024 x 1024 samples
+# mean |x - x~| of N(0, 1) values per block size, as bitsandbytes' own tests state it for 1024 x 1024 samples
 MAE = {
-    "nf4": {32: 0.067746, 64: 0.072798, 128: 0.076831, 256: 0.080337, 512: 0.083547, 1024: 0.086610, 2048: 0.089592, 4096: 0.092547},
-    "fp4": {32: 0.088925, 64: 0.096543, 128: 0.102969, 256: 0.108684, 512: 0.114115, 1024: 0.119333, 2048: 0.124556, 4096: 0.129536},
-}  # fmt: skip
+    "nf4": (0.067746, 0.072798, 0.076831, 0.080337, 0.083547, 0.086610, 0.089592, 0.092547),
+    "fp4": (0.088925, 0.096543, 0.102969, 0.108684, 0.114115, 0.119333, 0.124556, 0.129536),
+}
 
 
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)
@@ -184,7 +184,7 @@ def test_mean_error_is_the_published_one(quant_type, block_size):
     error = (x - DEQUANTIZE[quant_type](packed, absmax, x.shape, torch.float32, block_size)).abs()
     block_means = error.double().view(-1, block_size).mean(1)
     standard_error = 2**0.5 * block_means.std() / len(block_means) ** 0.5
-    assert abs(block_means.mean() - MAE[quant_type][block_size]) < 5 * standard_error
+    assert abs(block_means.mean() - MAE[quant_type][BLOCK_SIZES.index(block_size)]) < 5 * standard_error
 
 
 # ---- registration

@@ -18,7 +18,8 @@ def test_a_block_by_hand():
     packed, absmax = nf4.quantize([4.0, -4.0, 0.0, 1.0, -2.0], 5, "nf4")
     assert absmax.tolist() == [4.0]
     assert packed.tolist() == [0xF0, 0x7A, 0x27]  # the pad is the code of 0
-    assert nf4.dequantize(packed, absmax, 5, 5, "nf4").tolist() == [4.0, -4.0, 0.0, 4 * nf4.VALUES["nf4"][10], 4 * nf4.VALUES["nf4"][2]]
+    values = nf4.VALUES["nf4"]
+    assert nf4.dequantize(packed, absmax, 5, 5, "nf4").tolist() == [4.0, -4.0, 0.0, 4 * values[10], 4 * values[2]]
 
 
 def test_fp4_by_hand():
