@@ -78,10 +78,11 @@ def choice_items(splits: Splits, split: str, tokenizer: Tokenizer, shots: int = 
 
 @dataclass
 class Phase:
-    """One part of a run: wall time, and the process's peak memory by its end."""
+    """One part of a run: wall time, processor time of all threads, and the process's peak memory by its end."""
 
     name: str
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
     peak_bytes: int = 0
 
 
@@ -216,9 +217,9 @@ def storage(model: CausalLM) -> str:
     held = sum(t.nbytes for t in model.state_dict().values())
     rest = sum(p.numel() for p in model.parameters())
     return (
-        f"{len(layers)} linear layers, {packed / 1e6:.1f} M parameters at {bits_per_parameter(model):.3f} bits each; "
-        f"with {rest / 1e6:.1f} M in {str(next(model.parameters()).dtype).removeprefix('torch.')} "
-        f"{8 * held / (packed + rest):.2f} bits a parameter, {held / 1e6:.0f} MB in all"
+        f"{len(layers)} linear layers, {packed / 1e6:.4g} M parameters at {bits_per_parameter(model):.3f} bits each; "
+        f"with {rest / 1e6:.3g} M in {str(next(model.parameters()).dtype).removeprefix('torch.')} "
+        f"{8 * held / (packed + rest):.2f} bits a parameter, {held / 1e6:.3g} MB in all"
     )
 
 
@@ -274,9 +275,9 @@ def _phase(phases: list[Phase], name: str) -> Iterator[Phase]:
     phase = Phase(name)
     print(f"[{len(phases) + 1}] {name}")
     sys.stdout.flush()
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     yield phase
-    phase.seconds = time.perf_counter() - start
+    phase.seconds, phase.cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
     phase.peak_bytes = peak_memory(torch.device("cpu"))
     phases.append(phase)
-    print(f"    {phase.seconds:.1f} s, peak memory {phase.peak_bytes / 1e9:.2f} GB")
+    print(f"    {phase.seconds:.1f} s ({phase.cpu_seconds:.1f} s of CPU), peak memory {phase.peak_bytes / 1e9:.2f} GB")

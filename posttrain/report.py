@@ -69,9 +69,9 @@ def markdown(results: Results) -> str:
         f"alpha = {s.lora_alpha:g} on all linear layers, learning rate {s.learning_rate:g}, seed {s.seed}; loss "
         f"{sum(losses[:ends]) / ends:.3f} over the first {ends} steps, {sum(losses[-ends:]) / ends:.3f} over the last.",
         "",
-        "| phase | seconds | peak memory by then (GB) |",
-        "|---|---|---|",
-        *(f"| {phase.name} | {phase.seconds:.1f} | {phase.peak_bytes / 1e9:.2f} |" for phase in r.phases),
+        "| phase | seconds | CPU seconds, all threads | peak memory by then (GB) |",
+        "|---|---|---|---|",
+        *(f"| {p.name} | {p.seconds:.1f} | {p.cpu_seconds:.1f} | {p.peak_bytes / 1e9:.2f} |" for p in r.phases),
         "",
         f"A test item, answered by the fine-tuned model (people say {r.sample['label']}):",
         "",
