@@ -1,15 +1,16 @@
 """A fast fingerprint of a base model, so that an adapter is not put on a base it was not trained on.
 
-What it is: sha256 over the configuration's essentials (those that change what the weights mean) and, for each tensor by name, its shape
-and up to 1,024 of its values at even strides, rounded to bfloat16. It is taken from the checkpoint's tensors *before* any
-quantization, and quantized checkpoints carry it in their safetensors metadata, so:
+What it is: sha256 over the configuration's essentials (those that change what the weights mean) and, for each tensor by
+name, its shape and up to 1,024 of its values at even strides, rounded to bfloat16. It is taken from the checkpoint's
+tensors *before* any quantization, and quantized checkpoints carry it in their safetensors metadata, so:
 
-- the dense model and its NF4 quantization have the same fingerprint, and so do the float32 and bfloat16 copies of one model;
+- the dense model and its NF4 quantization have the same fingerprint, and so do the float32 and bfloat16 copies of one
+  model;
 - another architecture, size, or training run has another one;
 - a change to a few unsampled values is not seen: it guards against mistakes, not against forgery.
 
-A 4-bit checkpoint made elsewhere has no dense tensors to sample: its fingerprint starts with "4bit:" and is taken from the packed
-ones, and so equals only its own.
+A 4-bit checkpoint made elsewhere has no dense tensors to sample: its fingerprint starts with "4bit:" and is taken from
+the packed ones, and so equals only its own.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class Fingerprint:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """The fingerprint a model was loaded with; for one made in memory, that of its tensors as they are now (not kept)."""
+    """The fingerprint a model was loaded with; for one made in memory, that of its tensors now (not kept)."""
     if getattr(model, "fingerprint", None) is not None:
         return model.fingerprint  # type: ignore[return-value]
     return dense_fingerprint(model)

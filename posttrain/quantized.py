@@ -17,8 +17,9 @@ _BUFFERS = ("packed", "absmax", "nested_absmax", "nested_offset")
 class QuantizedLinear(nn.Module):
     """y = x W^T + bias with W a QuantizedWeight (out_features, in_features): frozen, differentiable in x.
 
-    Its tensors are buffers (packed, absmax or its codes, nested_absmax, nested_offset), so `.to(device)` and `state_dict` work.
-    Their dtypes are the format's: `.to(dtype)`, `.half()` and `.bfloat16()` leave them alone and convert the bias.
+    Its tensors are buffers (packed, absmax or its codes, nested_absmax, nested_offset), so `.to(device)` and
+    `state_dict` work. Their dtypes are the format's: `.to(dtype)`, `.half()` and `.bfloat16()` leave them alone and
+    convert the bias.
     """
 
     packed: Tensor
@@ -68,6 +69,11 @@ class QuantizedLinear(nn.Module):
         _, tensors, sizes = self._ready or self._prepare()
         return _quantized_linear(x, *tensors, self.bias, *sizes)
 
+    def share_packed(self, packed: Tensor) -> None:
+        """Keep the packed bytes in memory of the caller's, who has copied them there."""
+        self.packed = packed
+        self._ready = None
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         """Device moves apply to the buffers, dtype changes do not: a bfloat16 absmax would be another weight."""
         before = {name: getattr(self, name) for name in _BUFFERS}
@@ -84,13 +90,16 @@ class QuantizedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"quant_type={self._quant_type}, block_size={self._block_size}, double_quant={self.nested_absmax is not None}"
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, quant_type={self._quant_type}, block_size={self._block_size}, "
+            f"double_quant={self.nested_absmax is not None}"
         )
 
 
 def quantizable_linears(model: nn.Module, skip: Iterable[str] = ("lm_head",)) -> Iterator[tuple[str, nn.Linear]]:
-    """(name, module) of every nn.Linear but those whose name's last part is in `skip`: the head stays dense, as in QLoRA."""
+    """(name, module) of every nn.Linear but those whose name's last part is in `skip`: the head stays dense, as in
+    QLoRA.
+    """
     skip = tuple(skip)
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and name.rpartition(".")[2] not in skip:

@@ -8,7 +8,8 @@ from posttrain.model import CausalLM, ModelConfig
 
 SIZES = {
     "vocab_size": 97, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.2, "bos_token_id": 1, "eos_token_id": 2,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.2, "bos_token_id": 1,
+    "eos_token_id": 2,
 }  # fmt: skip
 LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -20,7 +21,9 @@ YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max
 CASES: dict[str, tuple[str, dict]] = {
     "llama2": ("LlamaForCausalLM", {"num_key_value_heads": 4}),
     "llama3": ("LlamaForCausalLM", {"rope_parameters": LLAMA3}),
-    "llama_linear": ("LlamaForCausalLM", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}),
+    "llama_linear": (
+        "LlamaForCausalLM", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+    ),
     "llama_dynamic": (
         "LlamaForCausalLM",
         {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}, "max_position_embeddings": 16},
@@ -28,7 +31,8 @@ CASES: dict[str, tuple[str, dict]] = {
     "llama_yarn": ("LlamaForCausalLM", {"rope_parameters": YARN}),
     "llama_biases": ("LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True}),
     "smollm2": (
-        "LlamaForCausalLM", {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e5}},
+        "LlamaForCausalLM",
+        {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e5}},
     ),
     "mistral": ("MistralForCausalLM", {"sliding_window": None}),
     "mistral_sliding": ("MistralForCausalLM", {"sliding_window": 7, "head_dim": 32}),

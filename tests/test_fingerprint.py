@@ -64,7 +64,8 @@ def test_every_tensor_name_and_shape_counts():
     base = digest(("a", a), ("b", b))
     assert base == digest(("b", b), ("a", a))
     others = {
-        digest(("a", a)), digest(("a", b), ("b", a)), digest(("a", a.T), ("b", b)), digest(("a", a.reshape(6, 4)), ("b", b)),
+        digest(("a", a)), digest(("a", b), ("b", a)), digest(("a", a.T), ("b", b)),
+        digest(("a", a.reshape(6, 4)), ("b", b)),
         digest(("a", a), ("c", b)), digest(("a", -a), ("b", b)),
     }  # fmt: skip
     assert len(others) == 6 and base not in others

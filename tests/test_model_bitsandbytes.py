@@ -1,4 +1,5 @@
 """bitsandbytes' 4-bit checkpoints both ways: with transformers and bitsandbytes, and what must be refused."""
+
 from __future__ import annotations
 
 import json
@@ -13,8 +14,8 @@ from posttrain.errors import PosttrainError
 from posttrain.model import load, save
 from posttrain.quantized import QuantizedLinear, quantize_model
 
-
-# bitsandbytes' AVX-512 dequantization is wrong where blocks straddle rows: a multiple of 64, so that it can be compared with.
+# bitsandbytes' AVX-512 dequantization is wrong where blocks straddle rows: a multiple of 64, so that it can be
+# compared with.
 ROWS = {"intermediate_size": 192}
 
 
@@ -77,7 +78,9 @@ def test_we_load_what_transformers_and_bitsandbytes_save(quant_type, double_quan
     for name, module in ours.named_modules():
         if isinstance(module, QuantizedLinear):
             theirs = peer.get_submodule(name).weight
-            assert torch.equal(module.weight.dequantize(), bnb.functional.dequantize_4bit(theirs.data, theirs.quant_state))
+            assert torch.equal(
+                module.weight.dequantize(), bnb.functional.dequantize_4bit(theirs.data, theirs.quant_state)
+            )
             count += 1
     assert count == 21
     assert ours.fingerprint.startswith("4bit:") and load(tmp_path / "theirs").fingerprint == ours.fingerprint
@@ -92,7 +95,10 @@ def test_we_load_what_transformers_and_bitsandbytes_save(quant_type, double_quan
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.pop("model.layers.1.mlp.up_proj.weight.absmax"), r"layers\.1\.mlp\.up_proj\.weight\.absmax is missing"),
+        (
+            lambda t: t.pop("model.layers.1.mlp.up_proj.weight.absmax"),
+            r"layers\.1\.mlp\.up_proj\.weight\.absmax is missing",
+        ),
         (lambda t: t.pop("model.layers.1.mlp.up_proj.weight"), r"lacks model\.layers\.1\.mlp\.up_proj\.weight"),
         (
             lambda t: t.update({"model.layers.1.mlp.up_proj.weight": torch.zeros(7, 1, dtype=torch.uint8)}),
@@ -104,7 +110,11 @@ def test_we_load_what_transformers_and_bitsandbytes_save(quant_type, double_quan
         ),
         (
             lambda t: t.update(
-                {"model.layers.0.self_attn.q_proj.weight.quant_state.bitsandbytes__nf4": torch.zeros(9, dtype=torch.uint8)}
+                {
+                    "model.layers.0.self_attn.q_proj.weight.quant_state.bitsandbytes__nf4": torch.zeros(
+                        9, dtype=torch.uint8
+                    )
+                }
             ),
             r"q_proj.*malformed",
         ),

@@ -1,4 +1,5 @@
 """config.json as transformers 4 and 5 write it, and what must be refused."""
+
 from __future__ import annotations
 
 import json

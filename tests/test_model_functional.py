@@ -1,4 +1,5 @@
 """RMSNorm and SwiGLU: values, gradients, what they save."""
+
 from __future__ import annotations
 
 import pytest

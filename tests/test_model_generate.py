@@ -1,4 +1,5 @@
 """Generation: greedy against a loop without a cache, batches, stops, seeds, streaming, errors."""
+
 from __future__ import annotations
 
 import pytest

@@ -1,4 +1,5 @@
 """The cache by itself: growth, going back, rows. (What it does to logits is in test_model_decoder.py.)"""
+
 from __future__ import annotations
 
 import pytest
@@ -15,7 +16,9 @@ CONFIG = ModelConfig.from_hf(hf_config("smollm2"))  # 3 layers, 2 key-value head
 def write(cache: KVCache, start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Append `count` positions whose every value is their number; what the last layer then sees."""
     cache.reserve(count)
-    values = torch.arange(start, start + count, dtype=torch.float32)[None, None, :, None].expand(cache.batch_size, 2, count, 16)
+    values = torch.arange(start, start + count, dtype=torch.float32)[None, None, :, None].expand(
+        cache.batch_size, 2, count, 16
+    )
     for layer in range(3):
         seen = cache.write(layer, values, -values)
     cache.advance(count)

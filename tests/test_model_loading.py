@@ -1,4 +1,5 @@
 """Saving and loading Hugging Face directories: dense, in shards, quantized on the way; damage; memory."""
+
 from __future__ import annotations
 
 import json
@@ -119,7 +120,12 @@ def test_quantizing_never_holds_the_dense_model(tmp_path):
     save(random_model("llama3"), tmp_path / "small")
     dense = sum(parameter.nbytes for parameter in model.parameters())
     layer = 2 * 1024 * 256
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "MALLOC_TRIM_THRESHOLD_": "0",
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+    }
     peaks = {
         quantize: int(
             subprocess.check_output(
@@ -129,7 +135,8 @@ def test_quantizing_never_holds_the_dense_model(tmp_path):
         for quantize in ("", "nf4")
     }
     quantized = dense * 4.127 / 16
-    # Quantizing one tensor takes its dense bytes, float32 copies of it and its result: six of them, of the largest kind.
+    # Quantizing one tensor takes its dense bytes, float32 copies of it and its result: six of them, of the largest
+    # kind.
     assert peaks["nf4"] <= quantized + 6 * 2 * layer, (peaks, quantized, dense)
     assert peaks["nf4"] <= dense / 2
     assert dense <= peaks[""] <= dense + 6 * 2 * layer, (peaks, dense)
@@ -148,7 +155,10 @@ def rewrite(path, change):
         (lambda t: t.pop("model.layers.1.mlp.up_proj.weight"), r"lacks model\.layers\.1\.mlp\.up_proj\.weight"),
         (lambda t: [t.pop(k) for k in list(t) if "layers.2" in k], r"lacks .*model\.layers\.2.* and 4 more"),
         (lambda t: t.update(other=torch.ones(1)), "has other besides"),
-        (lambda t: t.update({"model.norm.weight": torch.ones(3)}), r"model\.norm\.weight has shape \[3\] and not \[64\]"),
+        (
+            lambda t: t.update({"model.norm.weight": torch.ones(3)}),
+            r"model\.norm\.weight has shape \[3\] and not \[64\]",
+        ),
         (lambda t: t.update({"model.norm.weight": torch.ones(64, dtype=torch.int32)}), "dtype torch.int32"),
     ],
 )
@@ -163,11 +173,18 @@ def test_wrong_tensors_are_named(change, message, quantize, tmp_path):
 def test_harmless_leftovers_are_ignored(tmp_path):
     model = random_model("smollm2")
     save(model, tmp_path)
-    rewrite(tmp_path, lambda t: t.update({"lm_head.weight": torch.ones(97, 64), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}))
+    rewrite(
+        tmp_path,
+        lambda t: t.update(
+            {"lm_head.weight": torch.ones(97, 64), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
+        ),
+    )
     assert_same_tensors(model, load(tmp_path, dtype="fp32"))
 
 
-@pytest.mark.parametrize("file", ["../other.safetensors", "/etc/passwd", "..", "", "sub/model.safetensors", "..\\x", "C:x"])
+@pytest.mark.parametrize(
+    "file", ["../other.safetensors", "/etc/passwd", "..", "", "sub/model.safetensors", "..\\x", "C:x"]
+)
 def test_an_index_cannot_point_outside_its_folder(file, tmp_path):
     save(random_model("smollm2"), tmp_path / "other")
     save(random_model("smollm2"), tmp_path / "model", max_shard_bytes=60_000)
@@ -209,7 +226,9 @@ def test_damaged_directories_say_what_is_wrong(tmp_path):
     for file in tmp_path.glob("model*"):
         file.unlink()
     (tmp_path / "pytorch_model.bin").write_bytes(b"never opened")
-    with pytest.raises(PosttrainError, match=r"neither model\.safetensors nor .*pytorch_model\.bin, which cannot be loaded"):
+    with pytest.raises(
+        PosttrainError, match=r"neither model\.safetensors nor .*pytorch_model\.bin, which cannot be loaded"
+    ):
         load(tmp_path)
 
 

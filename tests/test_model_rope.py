@@ -1,4 +1,5 @@
 """Rotary frequencies and the rotation itself."""
+
 from __future__ import annotations
 
 import math
@@ -26,7 +27,10 @@ def test_frequencies_equal_transformers(name, length):
     kind = config.rope.rope_type
     ours, factor = rope_frequencies(config.rope, config.head_dim, config.max_position_embeddings, length)
     if kind == "default":
-        expected, their_factor = 1 / config.rope.rope_theta ** (torch.arange(0, config.head_dim, 2).float() / config.head_dim), 1.0
+        expected, their_factor = (
+            1 / config.rope.rope_theta ** (torch.arange(0, config.head_dim, 2).float() / config.head_dim),
+            1.0,
+        )
     else:
         expected, their_factor = ROPE_INIT_FUNCTIONS[kind](theirs, "cpu", seq_len=length or None)
     assert factor == their_factor

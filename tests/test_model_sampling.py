@@ -1,4 +1,5 @@
 """Temperature, top-k and top-p against their definitions, and draws against their probabilities."""
+
 from __future__ import annotations
 
 import math
@@ -64,7 +65,9 @@ def test_temperature_zero_takes_the_first_of_the_largest():
     assert sample(torch.tensor([[1.0, 3.0, 3.0], [5.0, 1.0, 5.0]]), temperature=0).tolist() == [1, 0]
 
 
-@pytest.mark.parametrize(("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.5, 0, 1.0), (2.0, 3, 1.0), (1.0, 0, 0.7)])
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.5, 0, 1.0), (2.0, 3, 1.0), (1.0, 0, 0.7)]
+)
 def test_draws_follow_the_probabilities(temperature, top_k, top_p):
     """Pearson's chi-squared over 20,000 seeded draws, below its 99.9 % point for the degrees of freedom there are."""
     logits = torch.tensor([0.0, 1.0, -0.5, 0.3, 1.7, -2.0])

@@ -3,6 +3,7 @@
 How one weight is stored is `QuantizedWeight.to_bitsandbytes`'s to say: L.weight (the packed bytes) and statistics named
 L.weight.absmax and so on. Here: which of a checkpoint's tensors those are, and config.json's quantization_config.
 """
+
 from __future__ import annotations
 
 from typing import Any
@@ -40,7 +41,12 @@ def packed_linears(checkpoint: Checkpoint) -> dict[str, list[str]]:
 
 
 def read_weight(
-    checkpoint: Checkpoint, linear: str, statistics: list[str], weight: Tensor, shape: tuple[int, ...], device: str | torch.device
+    checkpoint: Checkpoint,
+    linear: str,
+    statistics: list[str],
+    weight: Tensor,
+    shape: tuple[int, ...],
+    device: str | torch.device,
 ) -> QuantizedWeight:
     """A linear layer's quantized weight, from its packed tensor (read already) and its statistics' names.
 
@@ -53,8 +59,8 @@ def read_weight(
         raise PosttrainError(f"{checkpoint.path}: {error.args[0]}") from error
     if quantized.shape != shape:
         raise PosttrainError(
-            f"{checkpoint.path}: {linear}.weight has shape {list(quantized.shape)} in its quant_state; config.json's model "
-            f"needs {list(shape)}"
+            f"{checkpoint.path}: {linear}.weight has shape {list(quantized.shape)} in its quant_state; config.json's "
+            f"model needs {list(shape)}"
         )
     return quantized
 

@@ -20,14 +20,16 @@ INDEX = "model.safetensors.index.json"
 class Checkpoint:
     """The directory's config and tensors by name, read one at a time. Use as a context manager.
 
-    Raises PosttrainError that names the file and what to do when one is missing, corrupt or points outside the directory.
+    Raises PosttrainError that names the file and what to do when one is missing, corrupt or points outside the
+    directory.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
         if not self.path.is_dir():
             raise PosttrainError(
-                f"{self.path} is not a folder; expected a Hugging Face model directory (config.json, tokenizer.json, *.safetensors)"
+                f"{self.path} is not a folder; expected a Hugging Face model directory "
+                "(config.json, tokenizer.json, *.safetensors)"
             )
         self.config = read_json(self.path / "config.json")
         self._readers: dict[str, SafetensorsReader] = {}

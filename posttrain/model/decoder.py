@@ -1,6 +1,7 @@
 """The Llama family's decoder: Llama 2/3, SmolLM2, Mistral, Qwen2/2.5 and Qwen3, by the configuration's flags.
 
-Parameters carry Hugging Face's names. Shapes: B sequences, T tokens, D hidden_size, V vocab_size, S cached plus new tokens.
+Parameters carry Hugging Face's names. Shapes: B sequences, T tokens, D hidden_size, V vocab_size, S cached plus new
+tokens.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .attention import attention
 from .config import ModelConfig
 from .functional import rms_norm, swiglu
+from .fused import FusedLinear
 from .kv_cache import KVCache
 from .rope import RotaryTable, apply_rope
 
@@ -27,7 +30,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal attention with grouped key-value heads (GQA, arXiv:2305.13245), rotary positions and, in Qwen3, q/k norms."""
+    """Causal attention: grouped key-value heads (GQA, arXiv:2305.13245), rotary positions, in Qwen3 q/k norms."""
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -43,27 +46,41 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.qk_norm = config.qk_norm
+        self.fused: FusedLinear | None = None
+        self._heads = config.num_attention_heads, config.num_key_value_heads
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None) -> Tensor:
         B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, -1, self.head_dim)
-        k = self.k_proj(x).view(B, T, -1, self.head_dim)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
-        if self.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = apply_rope(q, *rope).transpose(1, 2), apply_rope(k, *rope).transpose(1, 2)
+        q, k, v = self._project(x, rope)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.write(self.layer, k, v)
         if T == 1:
             return self.o_proj(_attend_one(q, k, v, mask, self.window))
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]
-        )
+        y = attention(q, k, v, mask)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+    def _project(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, T, heads, head_dim) and keys (B, T, kv heads, head_dim), rotated, and values like the keys."""
+        B, T, _ = x.shape
+        heads, kv_heads = self._heads
+        if self.fused is not None:
+            qkv = self.fused(x).view(B, T, heads + 2 * kv_heads, self.head_dim)
+            if not self.qk_norm:
+                q, k = apply_rope(qkv.narrow(2, 0, heads + kv_heads), *rope).split((heads, kv_heads), 2)
+                return q, k, qkv.narrow(2, heads + kv_heads, kv_heads)
+            q, k, v = qkv.split((heads, kv_heads, kv_heads), 2)
+        else:
+            q = self.q_proj(x).view(B, T, heads, self.head_dim)
+            k = self.k_proj(x).view(B, T, kv_heads, self.head_dim)
+            v = self.v_proj(x).view(B, T, kv_heads, self.head_dim)
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return apply_rope(q, *rope), apply_rope(k, *rope), v
 
 
 def _attend_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, window: int | None) -> Tensor:
-    """Attention of one new token a row: q (B, heads, 1, head_dim), k and v (B, kv heads, S, head_dim) -> (B, 1, heads * head_dim).
+    """Attention of one new token a row: q (B, heads, 1, head_dim), k, v (B, kv heads, S, head_dim) -> (B, 1, D').
 
     The query heads that share a key-value head become its rows, so keys are neither repeated nor masked for causality.
     """
@@ -81,8 +98,11 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.fused: FusedLinear | None = None
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.fused is not None:
+            return self.down_proj(swiglu(*self.fused(x).chunk(2, -1)))
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
@@ -110,7 +130,10 @@ class Decoder(nn.Module):
 
 
 class CausalLM(nn.Module):
-    """A decoder and its head. `activation_checkpointing` recomputes each layer in the backward pass instead of keeping it."""
+    """A decoder and its head.
+
+    `activation_checkpointing`: each layer is computed again in the backward pass instead of kept.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -125,7 +148,7 @@ class CausalLM(nn.Module):
 
     @torch.no_grad()
     def _initialize(self) -> None:
-        """Normal weights of the configuration's standard deviation and zero biases, as the family is trained from scratch."""
+        """Normal weights of `initializer_range` and zero biases, as the family is trained from scratch."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 module.weight.normal_(0.0, self.config.initializer_range)
@@ -142,8 +165,10 @@ class CausalLM(nn.Module):
     ) -> Tensor:
         """Hidden states (B, T, D) after the final norm, for input_ids int64 (B, T).
 
-        position_ids int64 (B, T): counted from the cache's end unless given (over the tokens of attention_mask where it is).
-        segment_ids int (B, T): packed sequences; a token sees those before it with its own id. Not together with a cache.
+        position_ids int64 (B, T): counted from the cache's end unless given (over the tokens of attention_mask where it
+        is).
+        segment_ids int (B, T): packed sequences; a token sees those before it with its own id. Not together with a
+        cache.
         attention_mask bool (B, T): False on left padding of these T tokens; the cache remembers it.
         cache: its tokens are seen by these, which are appended to it.
         """
@@ -151,9 +176,7 @@ class CausalLM(nn.Module):
         past = 0
         if cache is not None:
             if segment_ids is not None:
-                raise ValueError(
-                    "segment_ids are for packed training batches; they cannot be used together with a cache"
-                )
+                raise ValueError("segment_ids are for packed training batches; they cannot be used together with a cache")
             if cache.batch_size != B:
                 raise ValueError(f"input_ids have {B} rows and the cache {cache.batch_size}")
             past = cache.length
@@ -198,7 +221,7 @@ class CausalLM(nn.Module):
     def _masks(
         self, past: int, T: int, valid: Tensor | None, segment_ids: Tensor | None, x: Tensor
     ) -> dict[int | None, Tensor | None]:
-        """For each window in use, what is added to the scores (B or 1, 1, T, S), or None where plain causal attention is right."""
+        """For each window in use, what is added to the scores (B or 1, 1, T, S); None: plain causal attention."""
         masks: dict[int | None, Tensor | None] = {}
         S = past + T
         for window in set(self.config.windows):
@@ -217,7 +240,5 @@ class CausalLM(nn.Module):
             if valid is not None:
                 # Padding sees itself, so that no row is empty: a softmax over nothing is NaN.
                 allowed = (allowed & valid[:, None, :]) | (columns == rows)
-            masks[window] = torch.zeros(allowed.shape, dtype=x.dtype, device=x.device).masked_fill_(
-                ~allowed, -torch.inf
-            )[:, None]
+            masks[window] = torch.zeros(allowed.shape, dtype=x.dtype, device=x.device).masked_fill_(~allowed, -torch.inf)[:, None]
         return masks

@@ -1,7 +1,7 @@
 """RMSNorm and SwiGLU with a backward that saves inputs alone.
 
-Autograd's own graph of these expressions keeps every intermediate (float32 copies included); over a decoder's layers that is most
-of the activation memory after the matmuls' inputs.
+Autograd's own graph of these expressions keeps every intermediate (float32 copies included); over a decoder's layers
+that is most of the activation memory after the matmuls' inputs.
 """
 
 from __future__ import annotations

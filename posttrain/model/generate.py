@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 import torch
 
 from .decoder import CausalLM
+from .fused import fused_projections
 from .kv_cache import KVCache
 from .sampling import check_sampling, sample
 
@@ -25,11 +26,12 @@ def generate(
 ) -> list[list[int]]:
     """The new tokens of each prompt, in order, without the stop token that ended it.
 
-    prompts: token ids; of unequal length they are padded on the left and run together. on_token(row, token) is called for every
-    token as it is chosen, stop tokens excepted. seed fixes the draws (of the whole batch); None draws from torch's own generator.
+    prompts: token ids; of unequal length they are padded on the left and run together. on_token(row, token) is called
+    for every token as it is chosen, stop tokens excepted. seed fixes the draws (of the whole batch); None draws from
+    torch's own generator.
 
-    Raises ValueError for an empty prompt, an id outside the vocabulary, or a prompt that with max_new_tokens exceeds the
-    context.
+    Raises ValueError for an empty prompt, an id outside the vocabulary, or a prompt that with max_new_tokens exceeds
+    the context.
     """
     check_sampling(temperature, top_k, top_p)
     _check_prompts(model, prompts, max_new_tokens)
@@ -48,28 +50,29 @@ def generate(
     rows = list(range(len(prompts)))  # the prompt that each row of the batch continues
     running = [True] * len(rows)
     try:
-        for step in range(max_new_tokens):
-            hidden = model.hidden(input_ids, attention_mask=attention_mask, cache=cache)
-            chosen = sample(model.head(hidden[:, -1]), temperature, top_k, top_p, generator)
-            for i, token in enumerate(chosen.tolist()):
-                if not running[i]:
-                    continue
-                if token in stop:
-                    running[i] = False
-                    continue
-                outputs[rows[i]].append(token)
-                if on_token is not None:
-                    on_token(rows[i], token)
-            if not any(running) or step == max_new_tokens - 1:
-                break
-            if 2 * sum(running) <= len(rows):
-                # Finished rows cost as much as running ones: drop them once they are half of the batch.
-                kept = torch.tensor([i for i, going in enumerate(running) if going], device=weight.device)
-                cache.select(kept)
-                chosen = chosen[kept]
-                rows = [rows[i] for i in kept.tolist()]
-                running = [True] * len(rows)
-            input_ids, attention_mask = chosen[:, None], None
+        with fused_projections(model):
+            for step in range(max_new_tokens):
+                hidden = model.hidden(input_ids, attention_mask=attention_mask, cache=cache)
+                chosen = sample(model.head(hidden[:, -1]), temperature, top_k, top_p, generator)
+                for i, token in enumerate(chosen.tolist()):
+                    if not running[i]:
+                        continue
+                    if token in stop:
+                        running[i] = False
+                        continue
+                    outputs[rows[i]].append(token)
+                    if on_token is not None:
+                        on_token(rows[i], token)
+                if not any(running) or step == max_new_tokens - 1:
+                    break
+                if 2 * sum(running) <= len(rows):
+                    # Finished rows cost as much as running ones: drop them once they are half of the batch.
+                    kept = torch.tensor([i for i, going in enumerate(running) if going], device=weight.device)
+                    cache.select(kept)
+                    chosen = chosen[kept]
+                    rows = [rows[i] for i in kept.tolist()]
+                    running = [True] * len(rows)
+                input_ids, attention_mask = chosen[:, None], None
     finally:
         if was_training:
             model.train()
@@ -85,19 +88,17 @@ def _check_prompts(model: CausalLM, prompts: Sequence[Sequence[int]], max_new_to
             raise ValueError(f"prompt {i} is empty; a model needs at least one token to continue (its bos token, say)")
         if len(prompt) + max_new_tokens > context:
             raise ValueError(
-                f"prompt {i} has {len(prompt)} tokens, which with max_new_tokens={max_new_tokens} exceed the model's context of "
-                f"{context}; shorten the prompt or ask for fewer tokens"
+                f"prompt {i} has {len(prompt)} tokens, which with max_new_tokens={max_new_tokens} exceed the model's "
+                f"context of {context}; shorten the prompt or ask for fewer tokens"
             )
         if not 0 <= min(prompt) <= max(prompt) < vocab_size:
             raise ValueError(
-                f"prompt {i} holds token ids from {min(prompt)} to {max(prompt)}; the vocabulary has 0 to {vocab_size - 1}. "
-                "Is this the model's own tokenizer?"
+                f"prompt {i} holds token ids from {min(prompt)} to {max(prompt)}; the vocabulary has 0 to "
+                f"{vocab_size - 1}. Is this the model's own tokenizer?"
             )
 
 
-def _left_pad(
-    prompts: Sequence[Sequence[int]], longest: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _left_pad(prompts: Sequence[Sequence[int]], longest: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
     """input_ids int64 (B, longest) and attention_mask bool (B, longest), None when no prompt needs padding."""
     input_ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
     if all(len(p) == longest for p in prompts):

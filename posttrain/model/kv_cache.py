@@ -63,7 +63,8 @@ class KVCache:
         self._keys, self._values = self._views()
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Put keys and values (B, kv heads, T, head_dim) after the last token; the views (B, kv heads, length + T, head_dim).
+        """Put keys and values (B, kv heads, T, head_dim) after the last token; the views (B, kv heads, length + T,
+        head_dim).
 
         `length` itself moves when every layer has written: `advance`.
         """

@@ -1,4 +1,4 @@
-"""Models from and to Hugging Face directories, tensor by tensor: a model that is quantized on the way is never whole in memory."""
+"""Models from and to Hugging Face directories, tensor by tensor: one quantized on the way is never whole in memory."""
 
 from __future__ import annotations
 
@@ -35,11 +35,12 @@ def load(
     """A model from a Hugging Face directory, dense or in bitsandbytes' 4-bit format.
 
     dtype: "bf16", "fp16", "fp32", or "auto" for the one config.json names.
-    quantize: "nf4" or "fp4" to keep every linear layer but the head in 4 bits (each tensor is rounded to dtype, then quantized,
-    as bitsandbytes does); None keeps the checkpoint's kind. The memory held is the result's and one dense tensor.
+    quantize: "nf4" or "fp4" to keep every linear layer but the head in 4 bits (each tensor is rounded to dtype, then
+    quantized, as bitsandbytes does); None keeps the checkpoint's kind. The memory held is the result's and one dense
+    tensor.
 
-    Raises PosttrainError naming the file or the tensors for a directory that does not hold such a model, ValueError for an
-    unknown architecture, dtype or quantization.
+    Raises PosttrainError naming the file or the tensors for a directory that does not hold such a model, ValueError for
+    an unknown architecture, dtype or quantization.
     """
     if quantize is not None and quantize not in QUANT_TYPES:
         raise ValueError(f"quantize is {quantize!r}; expected None or one of {', '.join(QUANT_TYPES)}")
@@ -54,7 +55,8 @@ def load(
         _check_tensors(checkpoint, model, packed)
         statistics = {name for names in packed.values() for name in names}
         prints = Fingerprint(config)
-        linears = dict(quantizable_linears(model)) if quantize is not None else {}
+        linears = dict(quantizable_linears(model, skip=()))
+        to_quantize = {owner for owner, _ in quantizable_linears(model)} if quantize is not None else set()
         for name in checkpoint.names():
             if _ignored(name, config) or name in statistics:
                 continue
@@ -62,14 +64,14 @@ def load(
             tensor = checkpoint.read(name)
             prints.update(name, tensor)
             if last == "weight" and owner in packed:
-                linear = model.get_submodule(owner)
+                linear = linears[owner]
                 shape = tuple(linear.weight.shape)
                 weight = bitsandbytes.read_weight(checkpoint, owner, packed[owner], tensor, shape, device)
                 _replace_linear(model, owner, QuantizedLinear(weight, linear.bias))
                 continue
             tensor = tensor.to(device, chosen)
-            if last == "weight" and owner in linears:
-                weight = quantize_weight(tensor, quantize, block_size, double_quant)  # type: ignore[arg-type]
+            if last == "weight" and owner in to_quantize:
+                weight = quantize_weight(tensor, quantize, block_size, double_quant)
                 _replace_linear(model, owner, QuantizedLinear(weight, linears[owner].bias))
                 continue
             module = model.get_submodule(owner)
@@ -82,8 +84,9 @@ def load(
 def save(model: CausalLM, path: str | os.PathLike, max_shard_bytes: int = 5_000_000_000) -> None:
     """Write a model as a Hugging Face directory: config.json and model.safetensors, or shards and their index.
 
-    Quantized layers are written in bitsandbytes' format, which transformers loads. The directory appears whole or not at all: a
-    full disk or a kill leaves what was there before. Files that are no part of the model (the tokenizer, say) stay.
+    Quantized layers are written in bitsandbytes' format, which transformers loads. The directory appears whole or not
+    at all: a full disk or a kill leaves what was there before. Files that are no part of the model (the tokenizer, say)
+    stay.
 
     Raises ValueError for a model with adapters attached: merge them, or save them as an adapter.
     """
@@ -122,7 +125,7 @@ def _is_model_file(file: Path) -> bool:
 
 
 def _groups(model: CausalLM) -> Iterator[list[tuple[str, Tensor]]]:
-    """The model's tensors by their names in the file; a quantized weight and its statistics together, the weight first."""
+    """The model's tensors by their names in the file; a quantized weight and then its statistics in one group."""
     for owner, module in model.named_modules():
         if isinstance(module, QuantizedLinear):
             yield list(module.weight.to_bitsandbytes(f"{owner}.").items())
@@ -140,7 +143,7 @@ def _replace_linear(model: nn.Module, name: str, layer: QuantizedLinear) -> None
 
 
 def _ignored(name: str, config: ModelConfig) -> bool:
-    """Tensors that older checkpoints carry and nobody needs: the rotary frequencies, and the tied head's second copy."""
+    """What older checkpoints carry and nobody needs: the rotary frequencies, and the tied head's second copy."""
     return name.endswith("rotary_emb.inv_freq") or (config.tie_word_embeddings and name == "lm_head.weight")
 
 

@@ -1,7 +1,7 @@
-"""Rotary position embedding (Su et al., 2021, arXiv:2104.09864, eq. 34) in Hugging Face's half-split layout, and its scalings.
+"""Rotary position embedding (Su et al., 2021, arXiv:2104.09864, eq. 34) in Hugging Face's half-split layout; scalings.
 
-Dimension pair i is (x[i], x[i + head_dim/2]) and turns by position * theta^(-2i / head_dim). Scalings change the frequencies:
-linear (arXiv:2306.15595), dynamic NTK, YaRN (arXiv:2309.00071) and Llama 3's by wavelength.
+Dimension pair i is (x[i], x[i + head_dim/2]) and turns by position * theta^(-2i / head_dim). Scalings change the
+frequencies: linear (arXiv:2306.15595), dynamic NTK, YaRN (arXiv:2309.00071) and Llama 3's by wavelength.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """The keys of Hugging Face's `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (transformers 4)."""
+    """The keys of `rope_parameters` (transformers 5), or of `rope_theta` and `rope_scaling` (transformers 4)."""
 
     rope_type: str = "default"
     rope_theta: float = 10000.0
@@ -35,7 +35,7 @@ class RopeConfig:
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> RopeConfig:
-        """Read a config.json of transformers 4 or 5. ValueError for a scaling that is not implemented or lacks a key."""
+        """Read a config.json of transformers 4 or 5. ValueError for an unknown scaling or one that lacks a key."""
         given = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
         given.setdefault("rope_type", given.pop("type", None) or "default")
         if given["rope_type"] not in ROPE_TYPES:
@@ -162,7 +162,7 @@ class RotaryTable:
         return cos[None, :, None], sin[None, :, None]
 
     def gather(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and signed sin (B, T, 1, head_dim) for position_ids (B, T). Dynamic scaling goes by each row's own length."""
+        """cos and signed sin (B, T, 1, head_dim) for position_ids (B, T). Dynamic scaling goes by each row's length."""
         length = int(position_ids.max()) + 1
         if self.rope.rope_type == "dynamic" and length > self.max_position:
             rows = [self._compute(row, int(row.max()) + 1, dtype) for row in position_ids]
@@ -174,5 +174,5 @@ class RotaryTable:
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x (B, T, heads, head_dim) by cos and signed sin (B or 1, T, 1, head_dim). Saves neither x nor a copy for backward."""
+    """Rotate x (B, T, heads, head_dim) by cos and signed sin (B or 1, T, 1, head_dim). Backward needs no copy of x."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)

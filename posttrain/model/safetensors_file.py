@@ -1,8 +1,8 @@
 """Read and write safetensors files one tensor at a time, through ordinary file reads.
 
-The format: 8 bytes with the header's length (little-endian), a JSON header {name: {dtype, shape, data_offsets}, "__metadata__":
-{str: str}}, the tensors' bytes. The `safetensors` package maps whole files into memory and, saving, copies every tensor first; a model
-that is quantized while it streams must do neither.
+The format: 8 bytes with the header's length (little-endian), a JSON header {name: {dtype, shape, data_offsets},
+"__metadata__": {str: str}}, the tensors' bytes. The `safetensors` package maps whole files into memory and, saving,
+copies every tensor first; a model that is quantized while it streams must do neither.
 """
 
 from __future__ import annotations

@@ -17,10 +17,12 @@ def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
 
 
 def filter_logits(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """Logits (..., V) divided by the temperature (> 0) in at least float32, and -inf on the tokens that the filters exclude.
+    """Logits (..., V) divided by the temperature (> 0) in at least float32, and -inf on the tokens that the filters
+    exclude.
 
     top_k keeps the k largest and whatever equals the k-th. top_p then keeps the fewest most probable tokens whose
-    probabilities, over what top_k kept, reach top_p (nucleus sampling, arXiv:1904.09751); the token that crosses is kept.
+    probabilities, over what top_k kept, reach top_p (nucleus sampling, arXiv:1904.09751); the token that crosses is
+    kept.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
     V = logits.shape[-1]
