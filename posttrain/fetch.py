@@ -99,6 +99,9 @@ def origin(folder: str | os.PathLike) -> dict[str, Any]:
 
 
 def _fetch(source: Source, folder: Path, work: Path, progress: bool) -> None:
+    for pattern in (f".{folder.name}.*.tmp", f".{folder.name}.*.old"):  # atomic_dir's, of a process that was killed
+        for stale in folder.parent.glob(pattern):
+            shutil.rmtree(stale)
     work.mkdir(exist_ok=True)
     free = shutil.disk_usage(work).free
     if free < source.disk_bytes:

