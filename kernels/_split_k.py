@@ -6,6 +6,7 @@ partial    float32 (SPLIT_K, M, N)    each part written whole by the program tha
 bias       (N,) or None
 y          float32 | float16 | bfloat16 (M, N)
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterator

@@ -14,6 +14,7 @@ dequantizing W once into a buffer kept for that purpose, then the vendor's GEMM.
 training, where rows are many. On a CPU, `cpu.linear_4bit`. Least bytes are stated in the kernels' files.
 Oracle: reference/quantized_linear.py.
 """
+
 from __future__ import annotations
 
 import math
@@ -138,9 +139,7 @@ def _backward_dx(ctx, ddx):
 
 
 torch.library.register_autograd("posttrain::quantized_linear", _backward, setup_context=_setup_context, lib=LIBRARY)
-torch.library.register_autograd(
-    "posttrain::quantized_linear_dx", _backward_dx, setup_context=_setup_context_dx, lib=LIBRARY
-)
+torch.library.register_autograd("posttrain::quantized_linear_dx", _backward_dx, setup_context=_setup_context_dx, lib=LIBRARY)
 
 
 def quantized_linear(x: Tensor, w: QuantizedWeight, bias: Tensor | None = None) -> Tensor:

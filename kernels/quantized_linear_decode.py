@@ -14,10 +14,13 @@ Products and sums are float32 throughout: no rounding to x's dtype but the last.
 
 Least bytes: N K / 2 + N K / block_size + 4 N K / (256 block_size) + itemsize (M K + M N): 4.127 bits a weight at M = 1.
 Least instructions per weight, a lane's: 1 to cut out the code, 1 to look it up, M multiply-adds. M = 1: 3 / 32 = 0.094 warp
-instructions a weight; converting x (1 a weight for each row of W that shares it), absmax (14 for 32 weights) and the loop
-bring it to 0.167 with ROWS = 1, where 32 registers leave every warp slot of the SM filled, and 0.143 with ROWS = 2.
+instructions a weight. Measured in the emulator at 4096 x 4096, sm_80: 0.177, with every warp slot of the SM filled (32 registers);
+converting x takes 0.031, absmax, addresses and the sum over lanes the rest. Two rows of W a warp would share x and
+need 0.15, but 40 registers, so that is left to larger M.
+A block whose absmax is NaN makes its row NaN; one whose absmax is infinite makes it infinite or NaN (dequantized: NaN).
 Oracle: reference/quantized_linear.py.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -46,16 +49,23 @@ def split4(v, WARPS: tl.constexpr, LANES: tl.constexpr):
 
 
 @triton.jit
-def _split8(v, WARPS: tl.constexpr, LANES: tl.constexpr):
-    """(WARPS, LANES, 8) -> eight (WARPS, LANES), in order; a lane keeps what it has."""
-    even, odd = v.reshape(WARPS, LANES, 2, 2, 2).split()
-    v04, v26 = even.split()
-    v15, v37 = odd.split()
-    v0, v4 = v04.split()
-    v2, v6 = v26.split()
-    v1, v5 = v15.split()
-    v3, v7 = v37.split()
-    return v0, v1, v2, v3, v4, v5, v6, v7
+def _load8(ptr, offs, mask, WARPS: tl.constexpr, LANES: tl.constexpr):
+    """Eight consecutive values for each of (WARPS, LANES) offsets, as eight tensors, 16 bytes to a load."""
+    if ptr.dtype.element_ty.primitive_bitwidth == 32:
+        quad = tl.arange(0, 4)[None, None, :]
+        first = tl.load(ptr + (offs[:, :, None] + quad), mask=mask[:, :, None], other=0.0)
+        second = tl.load(ptr + (offs[:, :, None] + 4 + quad), mask=mask[:, :, None], other=0.0)
+        return split4(first, WARPS, LANES) + split4(second, WARPS, LANES)
+    else:
+        v = tl.load(ptr + (offs[:, :, None] + tl.arange(0, 8)[None, None, :]), mask=mask[:, :, None], other=0.0)
+        even, odd = v.reshape(WARPS, LANES, 2, 2, 2).split()
+        v04, v26 = even.split()
+        v15, v37 = odd.split()
+        v0, v4 = v04.split()
+        v2, v6 = v26.split()
+        v1, v5 = v15.split()
+        v3, v7 = v37.split()
+        return v0, v1, v2, v3, v4, v5, v6, v7
 
 
 @triton.jit(do_not_specialize=["M", "chunks_per_part", "block_shift"])
@@ -89,24 +99,20 @@ def _quantized_linear_decode_kernel(
         for r in tl.static_range(ROWS):
             n = n0 + r
             mask = inside & (n < N)
-            chunk = n * chunks + c  # below 2^31 for 2^36 weights: the launcher's limit
+            chunk = n * chunks + c  # below 2^31: `plan` sends 2^36 weights elsewhere
             word = tl.load(
                 word_ptr + (chunk.to(tl.int64) * 4)[:, :, None] + tl.arange(0, 4)[None, None, :], mask=mask[:, :, None], other=0
             )
             words = words + (split4(word, WARPS, LANES),)
             block = chunk.to(tl.uint32) >> block_shift
             absmax = absmax + (
-                decode_absmax(
-                    absmax_ptr, block, mask, dynamic_map_ptr, nested_absmax_ptr, nested_offset_ptr, NESTED_BLOCK
-                ),
+                decode_absmax(absmax_ptr, block, mask, dynamic_map_ptr, nested_absmax_ptr, nested_offset_ptr, NESTED_BLOCK),
             )
         for i in tl.static_range(4):
             xs = ()
             for m in tl.static_range(TILE_M):
-                offs = (c * 32 + i * 8 + warp * 0)[:, :, None] + tl.arange(0, 8)[None, None, :]
-                mask_x = inside[:, :, None] & (m0 + m < M)
-                x = tl.load(x_ptr + (m0 + m).to(tl.int64) * stride_xm + offs, mask=mask_x, other=0.0)
-                xs = xs + (_split8(x, WARPS, LANES),)
+                x_row = x_ptr + (m0 + m).to(tl.int64) * stride_xm
+                xs = xs + (_load8(x_row, c * 32 + i * 8 + warp * 0, inside & (m0 + m < M), WARPS, LANES),)
             sums = ()
             for r in tl.static_range(ROWS):
                 row_sums = ()

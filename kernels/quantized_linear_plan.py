@@ -13,8 +13,10 @@ a measurement: kernels that decode between their products, and a vendor's GEMM. 
 A100, 889 on an H100, 261 on a B200 and 743 on an MI300X. bitsandbytes, whose thresholds come from such GPUs,
 dequantizes above M = 1536 (256 on ROCm), on a B200 earlier, and for fp32 from M = 8; ours is 25 to 31 there.
 """
+
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -45,7 +47,7 @@ MI300X = Target(5.3e12, 304 * 4 * 2.1e9, 1307e12, 163e12)
 GROUP = 32  # weights that a lane loads at once and that lie in one block: K must be a multiple
 PACKED_BYTES = 0.516  # of a weight at block size 64, nested absmax
 DECODE_INSTRUCTIONS = {1: 0.18, 2: 0.23, 4: 0.33}  # warp instructions per weight, by rows of x that share a decoding
-GEMM_INSTRUCTIONS = {16: 0.17, 32: 0.19, 64: 0.23}
+GEMM_INSTRUCTIONS = {16: 0.17, 32: 0.19, 64: 0.24}
 LATENCY = 1e-6  # seconds from a load to its data under load: what Little's law multiplies the bandwidth by
 DECODE_IN_FLIGHT, GEMM_IN_FLIGHT = 2048, 8192  # bytes of W that one program keeps on their way
 DECODE_STEP, GEMM_STEP = 1024, 256  # the least K worth a program's while
@@ -65,15 +67,18 @@ def tile_rows(instructions: dict[int, float], M: int) -> int:
     return next((rows for rows in instructions if M <= rows), max(instructions))
 
 
-def _split_k(programs: int, K: int, in_flight: int, step: int, target: Target) -> int:
-    """Parts of K, a power of two, that put enough bytes in flight to hide the latency at full bandwidth (Little's law)."""
+def _split_k(programs: int, M: int, K: int, in_flight: int, step: int, target: Target) -> int:
+    """Parts of K, a power of two, that put enough bytes in flight to hide the latency at full bandwidth (Little's law),
+    none shorter than `step`, and whose partial sums (written and read in float32) are no more bytes than the weight's."""
     wanted = target.bandwidth * LATENCY / in_flight
+    most = min(MAX_SPLIT_K, K // step, int(PACKED_BYTES * K / (8 * M)))
     split_k = 1
-    while split_k < MAX_SPLIT_K and programs * split_k < wanted and K >= 2 * split_k * step:
+    while programs * split_k < wanted and 2 * split_k <= most:
         split_k *= 2
     return split_k
 
 
+@functools.lru_cache(maxsize=4096)
 def plan(M: int, N: int, K: int, dtype: torch.dtype, target: Target) -> Plan:
     """The kernel of least modelled time for M rows of x against a weight (N, K), and into how many parts it cuts K."""
     if K % GROUP or N * K >= 2**36:
@@ -95,6 +100,6 @@ def plan(M: int, N: int, K: int, dtype: torch.dtype, target: Target) -> Plan:
         return Plan(kernel)
     if kernel == "decode":
         programs = math.ceil(N / (4 if rows == 1 else 8)) * math.ceil(M / rows)
-        return Plan(kernel, _split_k(programs, K, DECODE_IN_FLIGHT, DECODE_STEP, target))
+        return Plan(kernel, _split_k(programs, M, K, DECODE_IN_FLIGHT, DECODE_STEP, target))
     programs = math.ceil(N / 64) * math.ceil(M / tile)
-    return Plan(kernel, _split_k(programs, K, GEMM_IN_FLIGHT, GEMM_STEP, target))
+    return Plan(kernel, _split_k(programs, M, K, GEMM_IN_FLIGHT, GEMM_STEP, target))

@@ -7,6 +7,7 @@ bitsandbytes stores a linear layer `L` as L.weight (the packed bytes as a column
 L.weight.quant_map (16 code values), with double quantization L.weight.nested_absmax and L.weight.nested_quant_map (256), and
 L.weight.quant_state.bitsandbytes__nf4 or __fp4: JSON in a uint8 tensor. Its loader refuses every other key.
 """
+
 from __future__ import annotations
 
 import json
@@ -118,9 +119,7 @@ class QuantizedWeight:
         owner = f"{prefix}weight"
         states = [key for key in state_dict if key.startswith(f"{owner}.{_STATE}")]
         if len(states) != 1:
-            raise KeyError(
-                f"{owner} has {len(states)} keys {owner}.{_STATE}*; expected one, as bitsandbytes saves a 4-bit weight"
-            )
+            raise KeyError(f"{owner} has {len(states)} keys {owner}.{_STATE}*; expected one, as bitsandbytes saves a 4-bit weight")
 
         def get(name: str) -> Tensor:
             if owner + name not in state_dict:

@@ -2,6 +2,7 @@
 2023, "QLoRA", arXiv:2305.14314, equation 5 without its adapter: Y = X doubleDequant(c1, c2, W), and section 3's remark that
 only dE/dX is needed, "which proceeds via" the same dequantization.
 """
+
 import numpy as np
 
 from . import double_quant, nf4

@@ -1,4 +1,5 @@
 """x W^T with W in 4 bits, and its gradients: every engine against the oracle."""
+
 from __future__ import annotations
 
 import four_bit
@@ -22,9 +23,7 @@ def _oracle_weight(w: QuantizedWeight) -> torch.Tensor:
         t.cpu() if isinstance(t, torch.Tensor) else t for t in w.tensors()
     )
     nested = None if nested_absmax is None else (nested_absmax.numpy(), nested_offset.item(), nested_block_size)
-    return torch.from_numpy(
-        oracle.weight(packed.flatten().numpy(), absmax.numpy(), *w.shape, w.block_size, w.quant_type, nested)
-    )
+    return torch.from_numpy(oracle.weight(packed.flatten().numpy(), absmax.numpy(), *w.shape, w.block_size, w.quant_type, nested))
 
 
 def _exact(x: torch.Tensor, w: QuantizedWeight, bias: torch.Tensor | None) -> torch.Tensor:

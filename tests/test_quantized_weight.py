@@ -1,4 +1,5 @@
 """QuantizedWeight: what it refuses, and the exchange with bitsandbytes in both directions."""
+
 from __future__ import annotations
 
 import dataclasses

@@ -1,4 +1,5 @@
 """The oracle of quantized_linear: numbers worked by hand, and its gradients against finite differences."""
+
 from __future__ import annotations
 
 import numpy as np
