@@ -1,6 +1,7 @@
 """The main job from end to end: quantize a model, measure it, fine-tune adapters, measure again, prove and report.
 
-Steps, batch size and learning rate were chosen on the validation split; the test split is only ever measured.
+The defaults for SmolLM2-135M were chosen on 400 validation items (zero-shot 0.800; after 40 steps 0.825 at a learning
+rate of 4e-4 and 0.848 at 1e-3); the test split is only ever measured.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -50,6 +51,12 @@ class Settings:
     test_items: int = 1000
     seed: int = 0
     save_steps: int = 10
+
+    @property
+    def is_default(self) -> bool:
+        """Whether what shapes the training is as it was chosen on the validation split."""
+        default = OFFLINE if self.task == "offline" else REVIEWS
+        return replace(self, shots=default.shots, test_items=default.test_items, seed=default.seed) == default
 
 
 REVIEWS = Settings("reviews", steps=60, learning_rate=1e-3)
@@ -102,6 +109,7 @@ class Results:
     train_seconds: float
     reload_error: float  # largest difference of a log-probability after saving and loading the adapter
     sample: dict[str, str]
+    own_model: bool  # given by the user, rather than the one that the defaults were chosen for
     machine: dict[str, str]
     output: Path
     adapter: Path
@@ -181,6 +189,7 @@ def quickstart(
         train_seconds=training_phase.seconds,
         reload_error=error,
         sample=sample,
+        own_model=model is not None,
         machine=_machine(),
         output=output,
         adapter=adapter,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,7 +38,9 @@ def markdown(results: Results) -> str:
     losses = [entry["loss"] for entry in r.training.metrics]
     ends = max(1, len(losses) // 10)
     counts = ", ".join(f"{len(reviews)} {split}" for split, reviews in r.splits._asdict().items())
-    base = f"--model {s.task if s.task == 'offline' else r.model} --quantize nf4"
+    chosen = "given" if r.own_model or not s.is_default else "chosen on the validation split"
+    base = "offline" if s.task == "offline" else shlex.quote(str(r.model))
+    with_adapter = f"--model {base} --quantize nf4 --adapter {shlex.quote(str(r.adapter))}"
     lines = [
         f"# {r.model.name}: QLoRA on `{s.task}`",
         "",
@@ -48,7 +51,7 @@ def markdown(results: Results) -> str:
         f"first {tuned.n} of test are measured.",
         f"- Model: {r.model.name}. {r.model_note}",
         f"- In memory: {r.storage}.",
-        "- Steps, batch size and learning rate were chosen on the validation split.",
+        f"- Steps and learning rate were {chosen}; the test split was only measured.",
         "",
         "| system | accuracy | 95 % interval (Wilson) | right of |",
         "|---|---|---|---|",
@@ -80,9 +83,9 @@ def markdown(results: Results) -> str:
         "To go on:",
         "",
         "```",
-        f"posttrain generate {base} --adapter {r.adapter} --prompt $'Review: What a fine film.\\nSentiment:'",
-        f"posttrain evaluate {base} --adapter {r.adapter} --task {s.task}",
-        f"posttrain merge-adapter --model {base.split()[1]} --adapter {r.adapter} --output merged",
+        f"posttrain generate {with_adapter} --prompt $'Review: What a fine film.\\nSentiment:'",
+        f"posttrain evaluate {with_adapter} --task {s.task}",
+        f"posttrain merge-adapter --model {base} --adapter {shlex.quote(str(r.adapter))} --output merged",
         "```",
         "",
         "Machine: " + "; ".join(f"{name} {value}" for name, value in r.machine.items()) + ".",

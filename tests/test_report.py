@@ -39,6 +39,7 @@ def results(tmp_path: Path) -> Results:
         train_seconds=60.0,
         reload_error=0.0,
         sample={"prompt": "Review: A film.\nSentiment:", "output": " positive", "label": "positive"},
+        own_model=False,
         machine={"torch": "2.13.0"},
         output=tmp_path,
         adapter=adapter,
@@ -54,6 +55,9 @@ def test_page_says_what_was_found(results) -> None:
     assert "Weights are dequantized Q4_1 values." in text
     assert "7 train, 3 validation, 100 test" in text
     assert "loss 1.500 over the first 2 steps, 0.103 over the last" in text  # means of 2, 1 and of 2/19, 2/20
+    assert "learning rate were chosen on the validation split" in text
+    assert "learning rate were given" in report.markdown(replace(results, own_model=True))
+    assert "learning rate were given" in report.markdown(replace(results, settings=replace(REVIEWS, steps=7)))
     assert "| QLoRA training | 60.0 | 99.0 | 1.50 |" in text
     assert len(text.splitlines()) < 66 and not re.search(r"\bnan\b|None", text)
 

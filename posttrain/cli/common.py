@@ -41,6 +41,8 @@ def add_model_arguments(parser: argparse.ArgumentParser, adapter: bool = True) -
     if adapter:
         parser.add_argument("--adapter", metavar="PATH", help="a LoRA adapter folder in PEFT's format")
         parser.add_argument("--any-base", action="store_true", help="load --adapter even on another base than its own")
+    else:
+        parser.set_defaults(adapter=None)
     parser.add_argument("--quantize", choices=QUANT_TYPES, help="hold the linear layers in 4 bits (default: as stored)")
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="default %(default)s")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default %(default)s)")

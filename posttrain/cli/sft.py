@@ -78,20 +78,23 @@ def run(args: argparse.Namespace) -> None:
     )
     with open(args.data, "rb"):  # a wrong path is told before the model is loaded
         pass
-    args.adapter = None
     model, tokenizer = load_model(args)
     examples = load_dataset(args.data, tokenizer, args.max_length, "keep_end" if args.truncate else "error")
     learned = sum(example.num_labels for example in examples)
     print(f"{len(examples)} examples, {learned} tokens to learn", file=sys.stderr)
     pad_id = 0 if tokenizer.pad_id is None else tokenizer.pad_id
-    sft(
-        model,
-        examples,
-        config,
-        lora,
-        max_length=args.max_length,
-        packing=not args.no_packing,
-        pad_id=pad_id,
-        resume=args.resume,
-    )
+    try:
+        sft(
+            model,
+            examples,
+            config,
+            lora,
+            max_length=args.max_length,
+            packing=not args.no_packing,
+            pad_id=pad_id,
+            resume=args.resume,
+        )
+    except KeyboardInterrupt:
+        print("\nRun the same command with --resume: it goes on from the last checkpoint.", file=sys.stderr)
+        raise
     print(args.output)
