@@ -25,7 +25,7 @@ def head_weight(model: nn.Module) -> Tensor | None:
     """The head's weight (V, D) where that is all it is; None where it has an adapter, a bias, or 4 bits."""
     if model.config.tie_word_embeddings:
         return model.model.embed_tokens.weight
-    return model.lm_head.weight if type(model.lm_head) is nn.Linear and model.lm_head.bias is None else None
+    return model.lm_head.weight if isinstance(model.lm_head, nn.Linear) and model.lm_head.bias is None else None
 
 
 def loss_sum(model: nn.Module, batch: Batch) -> Tensor:
