@@ -4,10 +4,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from posttrain.kernels import codebooks
 from posttrain.reference import double_quant as oracle_double
 from posttrain.reference import nf4 as oracle
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+QUANT_TYPES = ("nf4", "fp4")
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
@@ -59,6 +61,33 @@ def hard_values(n: int, block_size: int, dtype: torch.dtype, seed: int = 0) -> t
     if len(blocks) > len(edits) + 1:
         blocks[-1][-1] = -torch.inf
     return x
+
+
+def check_quantize(quantize, x: torch.Tensor, block_size: int, quant_type: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """`quantize`'s bytes are the oracle's."""
+    packed, absmax = quantize(x, block_size, quant_type)
+    expected_packed, expected_absmax = oracle_quantize(x, block_size, quant_type)
+    assert_same(absmax, expected_absmax)
+    assert_same(packed, expected_packed)
+    return packed, absmax
+
+
+def around_thresholds(quant_type: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(values: each threshold, its float32 neighbours below and above, for FP4 of both signs; the codes they must get)."""
+    if quant_type == "nf4":
+        at = codebooks.NF4_THRESHOLDS
+        below, above = at.nextafter(torch.tensor(-2.0)), at.nextafter(torch.tensor(2.0))
+        lower = torch.arange(15)
+        return torch.cat([at, below, above]), torch.cat([lower, lower, lower + 1])
+    at = codebooks.FP4_THRESHOLDS
+    below, above = at.nextafter(torch.tensor(-2.0)), at.nextafter(torch.tensor(2.0))
+    lower, upper = codebooks.FP4_MAGNITUDE_CODES[:-1], codebooks.FP4_MAGNITUDE_CODES[1:]
+    values, codes = torch.cat([at, below, above]), torch.cat([lower, lower, upper])
+    return torch.cat([values, -values]), torch.cat([codes, codes + 8])
+
+
+def codes_of(packed: torch.Tensor) -> torch.Tensor:
+    return torch.stack([packed >> 4, packed & 15], 1).flatten().long()
 
 
 def activate(arch: int, **options):

@@ -1,29 +1,32 @@
-"""4-bit quantization and dequantization: every engine against the oracle, bit for bit."""
+"""4-bit quantization and dequantization on the CPU engine against the oracle, bit for bit.
+
+The Triton kernels are in tests/test_nf4_triton.py.
+"""
 from __future__ import annotations
 
-import four_bit
 import pytest
 import torch
-from four_bit import BLOCK_SIZES, DTYPES, assert_same, hard_values, oracle_dequantize, oracle_quantize
+from four_bit import (
+    BLOCK_SIZES,
+    DTYPES,
+    QUANT_TYPES,
+    around_thresholds,
+    assert_same,
+    check_quantize,
+    codes_of,
+    hard_values,
+    oracle_dequantize,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
-from posttrain.kernels import codebooks, dequantize_fp4, dequantize_nf4, nf4, quantize_fp4, quantize_nf4
+from posttrain.kernels import codebooks, dequantize_fp4, dequantize_nf4, quantize_fp4, quantize_nf4
 from posttrain.reference import nf4 as oracle
 
 QUANTIZE = {"nf4": quantize_nf4, "fp4": quantize_fp4}
 DEQUANTIZE = {"nf4": dequantize_nf4, "fp4": dequantize_fp4}
-QUANT_TYPES = ("nf4", "fp4")
 TAILS = (0, 1, 2, 31, 32, 33, 63, 64, 65, 127, 640)
 finite32 = st.floats(width=32, allow_nan=False, allow_infinity=False)
-
-
-def _check_quantize(quantize, x: torch.Tensor, block_size: int, quant_type: str) -> tuple[torch.Tensor, torch.Tensor]:
-    packed, absmax = quantize(x, block_size, quant_type)
-    expected_packed, expected_absmax = oracle_quantize(x, block_size, quant_type)
-    assert_same(absmax, expected_absmax)
-    assert_same(packed, expected_packed)
-    return packed, absmax
 
 
 def _op_quantize(x, block_size, quant_type):
@@ -37,14 +40,14 @@ def _op_quantize(x, block_size, quant_type):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n", TAILS)
 def test_quantize_matches_the_oracle(quant_type, dtype, n):
-    _check_quantize(_op_quantize, hard_values(n, 64, dtype), 64, quant_type)
+    check_quantize(_op_quantize, hard_values(n, 64, dtype), 64, quant_type)
 
 
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 def test_every_block_size(quant_type, block_size):
     x = hard_values(2 * block_size + 17, block_size, torch.float32, seed=block_size)
-    packed, absmax = _check_quantize(_op_quantize, x, block_size, quant_type)
+    packed, absmax = check_quantize(_op_quantize, x, block_size, quant_type)
     restored = DEQUANTIZE[quant_type](packed, absmax, x.shape, torch.bfloat16, block_size)
     assert_same(restored, oracle_dequantize(packed, absmax, x.shape, torch.bfloat16, block_size, quant_type))
 
@@ -54,38 +57,20 @@ def test_every_block_size(quant_type, block_size):
 def test_any_float32_values(quant_type, values, block_size):
     """Every float32 is fair: subnormals, signed zeros, infinities and NaN, in blocks whole and short."""
     x = torch.tensor(values, dtype=torch.float32)
-    packed, absmax = _check_quantize(_op_quantize, x, block_size, quant_type)
+    packed, absmax = check_quantize(_op_quantize, x, block_size, quant_type)
     restored = DEQUANTIZE[quant_type](packed, absmax, x.shape, torch.float32, block_size)
     assert_same(restored, oracle_dequantize(packed, absmax, x.shape, torch.float32, block_size, quant_type))
-
-
-def _around_thresholds(quant_type: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """(values: each threshold, its float32 neighbours below and above, for FP4 of both signs; the codes they must get)."""
-    if quant_type == "nf4":
-        at = codebooks.NF4_THRESHOLDS
-        below, above = at.nextafter(torch.tensor(-2.0)), at.nextafter(torch.tensor(2.0))
-        lower = torch.arange(15)
-        return torch.cat([at, below, above]), torch.cat([lower, lower, lower + 1])
-    at = codebooks.FP4_THRESHOLDS
-    below, above = at.nextafter(torch.tensor(-2.0)), at.nextafter(torch.tensor(2.0))
-    lower, upper = codebooks.FP4_MAGNITUDE_CODES[:-1], codebooks.FP4_MAGNITUDE_CODES[1:]
-    values, codes = torch.cat([at, below, above]), torch.cat([lower, lower, upper])
-    return torch.cat([values, -values]), torch.cat([codes, codes + 8])
-
-
-def _codes(packed: torch.Tensor) -> torch.Tensor:
-    return torch.stack([packed >> 4, packed & 15], 1).flatten().long()
 
 
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)
 @pytest.mark.parametrize("block_size", (64, 128))
 def test_ties_take_the_lower_code(quant_type, block_size):
     """absmax 1 scales by exactly 1, so the thresholds themselves are reached: 64 fills a block, 128 leaves it short."""
-    values, codes = _around_thresholds(quant_type)
+    values, codes = around_thresholds(quant_type)
     x = torch.ones(64)
     x[: len(values)] = values
     packed, _ = QUANTIZE[quant_type](x, block_size)
-    assert torch.equal(_codes(packed)[: len(codes)], codes)
+    assert torch.equal(codes_of(packed)[: len(codes)], codes)
 
 
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)
@@ -120,7 +105,7 @@ def test_subnormal_blocks_are_scaled_as_if_absmax_were_1e38th():
     x = torch.full((64,), 1e-40)
     packed, absmax = quantize_nf4(x)
     assert absmax.item() == x[0].item()
-    assert set(_codes(packed).tolist()) == {7}  # 1e-40 / 1e-38 = 0.01 rounds to 0
+    assert set(codes_of(packed).tolist()) == {7}  # 1e-40 / 1e-38 = 0.01 rounds to 0
 
 
 def test_odd_lengths_are_padded_with_the_code_of_zero():
@@ -132,7 +117,7 @@ def test_odd_lengths_are_padded_with_the_code_of_zero():
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0), (5, 1), (3, 7, 11), (65, 64)])
 def test_shapes(shape):
     x = torch.randn(shape)
-    packed, absmax = _check_quantize(_op_quantize, x, 64, "nf4")
+    packed, absmax = check_quantize(_op_quantize, x, 64, "nf4")
     restored = dequantize_nf4(packed, absmax, shape, torch.float16)
     assert restored.shape == x.shape
     assert_same(restored, oracle_dequantize(packed, absmax, shape, torch.float16, 64, "nf4"))
@@ -260,7 +245,7 @@ def test_bytes_equal_bitsandbytes(quant_type, dtype, shape):
     assert torch.equal(absmax, state.absmax)
     if quant_type == "nf4":
         assert torch.equal(packed, theirs.flatten())
-    ours, others = (codebooks.CODEBOOKS[quant_type][_codes(p)[: x.numel()]] for p in (packed, theirs.flatten()))
+    ours, others = (codebooks.CODEBOOKS[quant_type][codes_of(p)[: x.numel()]] for p in (packed, theirs.flatten()))
     differing = ours != others
     scaled = x.flatten().float() * absmax.reciprocal().repeat_interleave(64)[: x.numel()]
     # negative FP4 ties: its CPU engine takes the larger magnitude, its CUDA kernel and we the smaller
@@ -269,152 +254,6 @@ def test_bytes_equal_bitsandbytes(quant_type, dtype, shape):
     if shape[-1] % 64 == 0 or (shape[-1] % 16 and len(shape) > 1):
         restored = DEQUANTIZE[quant_type](theirs.flatten(), absmax, shape, dtype)
         assert torch.equal(restored, theirs_restored)
-
-
-# ---- the Triton kernels: interpreted, emulated, and on a GPU
-
-
-def _triton_round_trip(x: torch.Tensor, block_size: int, quant_type: str, out_dtypes) -> None:
-    packed, absmax = _check_quantize(nf4.quantize_4bit_triton, x, block_size, quant_type)
-    for dtype in out_dtypes:
-        restored = nf4.dequantize_4bit_triton(packed, absmax, None, None, 256, x.shape, dtype, block_size, quant_type)
-        assert_same(restored, oracle_dequantize(packed, absmax, x.shape, dtype, block_size, quant_type))
-
-
-def _nested(n: int, block_size: int, nested_block_size: int) -> tuple[torch.Tensor, ...]:
-    blocks = -(-n // block_size)
-    packed = torch.randint(256, ((n + 1) // 2,), dtype=torch.uint8)
-    codes = torch.randint(256, (blocks,), dtype=torch.uint8)
-    return packed, codes, torch.rand(-(-blocks // nested_block_size)), torch.tensor(1.25)
-
-
-def _triton_nested(n: int, block_size: int, quant_type: str, dtype: torch.dtype, nested_block_size: int = 256) -> None:
-    packed, codes, nested_absmax, offset = _nested(n, block_size, nested_block_size)
-    restored = nf4.dequantize_4bit_triton(
-        packed, codes, nested_absmax, offset, nested_block_size, (n,), dtype, block_size, quant_type
-    )
-    absmax = four_bit.oracle_double_dequantize(codes, nested_absmax, offset, nested_block_size)
-    assert_same(restored, oracle_dequantize(packed, absmax, (n,), dtype, block_size, quant_type))
-
-
-@pytest.mark.interpret
-@pytest.mark.parametrize("quant_type", QUANT_TYPES)
-@pytest.mark.parametrize("dtype", (torch.float32, torch.float16))
-@pytest.mark.parametrize("n", TAILS)
-def test_interpreted(quant_type, dtype, n):
-    _triton_round_trip(hard_values(n, 64, dtype), 64, quant_type, (torch.float32,))
-
-
-@pytest.mark.interpret
-@pytest.mark.parametrize("block_size", BLOCK_SIZES)
-def test_interpreted_block_sizes(block_size):
-    _triton_round_trip(hard_values(block_size + 17, block_size, torch.float32), block_size, "nf4", (torch.float32,))
-    _triton_nested(block_size + 17, block_size, "fp4", torch.float32)
-
-
-@pytest.mark.interpret
-@given(values=st.lists(st.floats(width=32), max_size=150), quant_type=st.sampled_from(QUANT_TYPES))
-def test_interpreted_any_float32_values(values, quant_type):
-    _triton_round_trip(torch.tensor(values, dtype=torch.float32), 64, quant_type, (torch.float32,))
-
-
-EMULATED = [  # quant_type, input dtype, block_size, n, output dtypes
-    ("nf4", torch.bfloat16, 64, 9 * 64, DTYPES),
-    ("nf4", torch.bfloat16, 64, 10 * 64 + 1, (torch.bfloat16,)),
-    ("fp4", torch.float16, 32, 10 * 32 + 31, (torch.float16,)),
-    ("fp4", torch.bfloat16, 64, 9 * 64, (torch.bfloat16, torch.float16)),
-    ("nf4", torch.float32, 4096, 2 * 4096, (torch.bfloat16,)),
-]
-
-
-@pytest.mark.emulated
-@pytest.mark.parametrize("arch", (80, 90))
-@pytest.mark.parametrize(("quant_type", "dtype", "block_size", "n", "out_dtypes"), EMULATED)
-def test_emulated(arch, quant_type, dtype, block_size, n, out_dtypes):
-    four_bit.activate(arch)
-    _triton_round_trip(hard_values(n, block_size, dtype), block_size, quant_type, out_dtypes)
-
-
-@pytest.mark.emulated
-@pytest.mark.parametrize("arch", (80, 90))
-def test_emulated_nested(arch):
-    four_bit.activate(arch)
-    _triton_nested(300 * 64, 64, "nf4", torch.bfloat16)  # more than one nested block
-    _triton_nested(4096 + 32, 32, "fp4", torch.float16)  # more than one program
-    _triton_nested(4096 + 33, 32, "nf4", torch.float32)  # by gathering, odd
-
-
-@pytest.mark.emulated
-def test_emulated_ties_and_any_values():
-    """Hypothesis draws the values, not the shapes: one compilation serves all."""
-    four_bit.activate(80)
-    for quant_type in QUANT_TYPES:
-        values, codes = _around_thresholds(quant_type)
-        x = torch.ones(64)
-        x[: len(values)] = values
-        assert torch.equal(_codes(nf4.quantize_4bit_triton(x, 64, quant_type)[0])[: len(codes)], codes)
-
-    @given(values=st.lists(st.floats(width=32), min_size=66, max_size=66), quant_type=st.sampled_from(QUANT_TYPES))
-    def any_values(values, quant_type):
-        _triton_round_trip(torch.tensor(values, dtype=torch.float32), 64, quant_type, (torch.float32,))
-
-    any_values()
-
-
-@pytest.mark.emulated
-@pytest.mark.parametrize("arch", (80, 90))
-def test_emulated_work(arch):
-    """Bytes are at most 1.1 times the floor in the docstring; warp instructions a weight stay under the bar we set
-    ourselves (a plain gather needs 0.324 to dequantize without nesting, the best peer 1.76 to quantize)."""
-    import gpuemu
-    from gpuemu import counters
-
-    emulator = counters.start(arch)
-    n, block_size = 1 << 16, 64
-    blocks = n // block_size
-
-    def measure(call, floor: float) -> float:
-        call()
-        result = counters.counters(emulator.last, arch)
-        assert result["dram"] <= 1.1 * floor
-        return result["warp_instr_nomov"] / n
-
-    x = torch.randn(n).bfloat16()
-    assert measure(lambda: nf4.quantize_4bit_triton(x, block_size, "nf4"), 2 * n + n / 2 + 4 * blocks) <= 1.2
-    source = _nested(n, block_size, 256)
-    dequantize = (*source, 256, (n,), torch.bfloat16, block_size, "nf4")
-    floor = n / 2 + blocks + 4 * blocks / 256 + 2 * n
-    assert measure(lambda: nf4.dequantize_4bit_triton(*dequantize), floor) <= 0.30
-    assert gpuemu is not None
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("quant_type", QUANT_TYPES)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("block_size", BLOCK_SIZES)
-def test_gpu(quant_type, dtype, block_size):
-    for n in (0, 1, 63, 10 * block_size, 10 * block_size + 7):
-        x = hard_values(n, block_size, dtype)
-        packed, absmax = QUANTIZE[quant_type](x.cuda(), block_size)
-        expected_packed, expected_absmax = oracle_quantize(x, block_size, quant_type)
-        assert_same(packed.cpu(), expected_packed)
-        assert_same(absmax.cpu(), expected_absmax)
-        for out in DTYPES:
-            restored = DEQUANTIZE[quant_type](packed, absmax, x.shape, out, block_size)
-            assert_same(restored.cpu(), oracle_dequantize(expected_packed, expected_absmax, x.shape, out, block_size, quant_type))
-
-
-@pytest.mark.gpu
-def test_gpu_beyond_two_to_the_31():
-    n = 2**31 + 4096
-    x = torch.zeros(n, dtype=torch.float16, device="cuda")
-    x[-64:] = torch.randn(64)
-    packed, absmax = quantize_nf4(x)
-    expected, _ = oracle_quantize(x[-64:].cpu(), 64, "nf4")
-    assert torch.equal(packed[-32:].cpu(), expected)
-    assert torch.equal(packed[:32].cpu(), torch.full((32,), 0x77, dtype=torch.uint8))
-    restored = dequantize_nf4(packed, absmax, (n,), torch.float16)
-    assert_same(restored[-64:].cpu(), oracle_dequantize(expected, absmax[-1:].cpu(), (64,), torch.float16, 64, "nf4"))
 
 
 def test_the_oracle_is_not_the_engine():
