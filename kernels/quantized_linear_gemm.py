@@ -134,13 +134,20 @@ def _quantized_linear_gemm_kernel(
         tl.store(y_ptr + row[:, None] * N + offs_n[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-def gemm_tile(M: int, backend_name: str, arch: int | str) -> tuple[int, int, int]:
-    """(BLOCK_M, TILES_M, K_WIDTH) for M rows. mma.sync lays four warps along W's rows only for tiles of 16 rows of x, so a
-    program takes several; wgmma and tcgen05 take up to 64 at once, wgmma in fragments of two consecutive k."""
+def gemm_tile(M: int, backend_name: str, arch: int | str) -> tuple[dict[str, int], dict[str, int | bool]]:
+    """The kernel's tile for M rows, and the compiler's options.
+
+    mma.sync lays four warps along W's rows only for tiles of 16 rows of x, so a program takes several; wgmma and tcgen05 take
+    up to 64 at once, wgmma in fragments of two consecutive k. Held to 128 registers, four programs fit on an SM, and nothing
+    spills.
+    """
     rows = next((r for r in TILES if M <= r), TILES[-1])
+    options: dict[str, int | bool] = {"enable_fp_fusion": False}
+    if backend_name == "cuda" and rows == 64:
+        options["maxnreg"] = 128
     if backend_name == "cuda" and 90 <= arch < 120:
-        return rows, 1, 2 if arch < 100 else 8
-    return 16, rows // 16, 8
+        return {"BLOCK_M": rows, "TILES_M": 1, "K_WIDTH": 2 if arch < 100 else 8}, options
+    return {"BLOCK_M": 16, "TILES_M": rows // 16, "K_WIDTH": 8}, options
 
 
 def _current_arch() -> tuple[str, int | str]:
@@ -159,16 +166,15 @@ def quantized_linear_gemm_triton(
     x = x if x.stride(0) < 2**25 else x.contiguous()  # a tile's offsets are 32-bit: 64 rows at most
     y = x.new_empty(M, N)
     out = y if split_k == 1 else x.new_empty(split_k, M, N, dtype=torch.float32)
-    block_m, tiles_m, k_width = gemm_tile(M, *_current_arch())
+    tile, options = gemm_tile(M, *_current_arch())
     nested_block = 0 if nested_absmax is None else nested_block_size
     with on_device_of(x):
-        _quantized_linear_gemm_kernel[(triton.cdiv(N, BLOCK_N), triton.cdiv(M, block_m * tiles_m), split_k)](
+        _quantized_linear_gemm_kernel[(triton.cdiv(N, BLOCK_N), triton.cdiv(M, tile["BLOCK_M"] * tile["TILES_M"]), split_k)](
             x, packed, absmax, codebooks.on("DYNAMIC_MAP", x.device) if nested_block else None, nested_absmax, nested_offset,
             codebooks.on(quant_type.upper(), x.device), bias if split_k == 1 else None, out,
             M, N, K, x.stride(0), triton.cdiv(triton.cdiv(K, 128), split_k), (block_size // 32).bit_length() - 1,
             NESTED_BLOCK=nested_block, HAS_BIAS=bias is not None and split_k == 1, SPLIT_K=split_k, EVEN_K=K % 128 == 0,
-            BLOCK_M=block_m, TILES_M=tiles_m, K_WIDTH=k_width, WARPS=WARPS,
-            num_warps=WARPS, num_stages=NUM_STAGES, enable_fp_fusion=False,
+            WARPS=WARPS, num_warps=WARPS, num_stages=NUM_STAGES, **tile, **options,
         )  # fmt: skip
         if split_k > 1:
             add_parts_triton(out, bias, y)
@@ -182,7 +188,7 @@ def aot_variants() -> Iterator[Variant]:
     for backend_name, arch in (("cuda", 80), ("cuda", 90), ("cuda", 100), ("hip", "gfx942")):
         for M in TILES:
             for dtype, nested, split_k, even_k in (("bf16", True, 1, True), ("fp16", False, 4, False)):
-                block_m, tiles_m, k_width = gemm_tile(M, backend_name, arch)
+                tile, options = gemm_tile(M, backend_name, arch)
                 types = dict.fromkeys(pointers, "*fp32") | {"x": f"*{dtype}", "packed": "*u8", "bias": f"*{dtype}"}
                 types |= {"absmax": "*u8" if nested else "*fp32", "y": f"*{dtype}" if split_k == 1 else "*fp32"}
                 signature = {f"{name}_ptr": types[name] for name in pointers}
@@ -190,7 +196,7 @@ def aot_variants() -> Iterator[Variant]:
                 signature |= {"tiles_per_part": "i32", "block_shift": "i32"}
                 constexprs = {
                     "NESTED_BLOCK": 256 if nested else 0, "HAS_BIAS": split_k == 1, "SPLIT_K": split_k, "EVEN_K": even_k,
-                    "BLOCK_M": block_m, "TILES_M": tiles_m, "K_WIDTH": k_width, "WARPS": WARPS,
+                    "WARPS": WARPS, **tile,
                 }  # fmt: skip
                 yield Variant(
                     f"quantized_linear_gemm_{dtype}_{M}" + "_nested" * nested + "_split" * (split_k > 1),
@@ -199,7 +205,7 @@ def aot_variants() -> Iterator[Variant]:
                     constexprs,
                     num_warps=WARPS,
                     num_stages=NUM_STAGES,
-                    options={"enable_fp_fusion": False},
+                    options=options,
                     backends=(backend_name,),
                     archs=(arch,),
                 )
