@@ -1,4 +1,4 @@
-"""The native CPU engine against the PyTorch engine, bitsandbytes and float64, at every instruction set of this machine."""
+"""The native CPU engine against the PyTorch engine, bitsandbytes and float64, at every instruction set of the machine."""
 from __future__ import annotations
 
 import os
@@ -52,16 +52,17 @@ def weight(N: int, K: int, block_size: int = 64, quant_type: str = "nf4", nested
 
 
 class Errors:
-    """Squared distances from float64 of our results and of the plain PyTorch expression's in the same dtype, added up over
-    many results: ours may be at most twice as far."""
+    """Squared relative distances from float64 of our results and of the plain PyTorch expression's in the same dtype, added
+    up over many results: ours may be at most twice as far."""
 
     def __init__(self):
         self.ours = self.plain = 0.0
 
     def add(self, got: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor) -> None:
         assert got.dtype == plain.dtype and got.shape == exact.shape
-        self.ours += (got.double() - exact).square().sum().item()
-        self.plain += (plain.double() - exact).square().sum().item()
+        size = exact.square().sum().item() or 1.0  # every shape counts alike
+        self.ours += (got.double() - exact).square().sum().item() / size
+        self.plain += (plain.double() - exact).square().sum().item() / size
 
     def check(self) -> None:
         assert self.ours**0.5 <= 2 * self.plain**0.5, (self.ours, self.plain)
@@ -69,7 +70,9 @@ class Errors:
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(0,), (1,), (2,), (63,), (64,), (65,), (127,), (129, 3), (7, 96), (4, 5, 33), (300, 1000)])
+@pytest.mark.parametrize(
+    "shape", [(0,), (1,), (2,), (63,), (64,), (65,), (127,), (129, 3), (7, 96), (4, 5, 33), (300, 1000)]
+)
 def test_bytes_equal_the_pytorch_engine(isa, shape, dtype, quant_type):
     for block_size in (32, 64, 4096):
         assert_same_quantization(torch.randn(shape).to(dtype), block_size, quant_type)
@@ -146,7 +149,7 @@ def test_nested_absmax_is_decoded_inside(isa, dtype):
     assert torch.equal(native.dequantize_4bit(*arguments), pytorch.dequantize_4bit(*arguments))
 
 
-SHAPES = [(1, 1), (3, 64), (17, 65), (33, 96), (64, 128), (70, 1100), (31, 2048), (1030, 64)]
+SHAPES = [(1, 1), (3, 64), (17, 65), (40, 320), (33, 96), (64, 128), (70, 1100), (31, 2048), (1030, 64)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -158,7 +161,7 @@ def test_linear_and_dx_against_float64(isa, block_size, quant_type, nested, dtyp
         rest = (N, K, block_size, quant_type)
         w = pytorch.dequantize_4bit(*tensors, (N, K), dtype, block_size, quant_type)
         exact = w.double()
-        for M in (1, 2, 5, 17, 64, 65):
+        for M in (1, 2, 5, 17, 33, 64, 65, 140):
             x, bias, dy = torch.randn(M, K).to(dtype), torch.randn(N).to(dtype), torch.randn(M, N).to(dtype)
             y = native.linear_4bit(x, *tensors, bias, *rest)
             forward.add(y, F.linear(x, w, bias), F.linear(x.double(), exact, bias.double()))
@@ -187,8 +190,8 @@ def test_strided_inputs(isa):
     assert torch.equal(packed, expected[0]) and torch.equal(absmax, expected[1])
     tensors = weight(64, 128)
     wide = torch.randn(128, 6, dtype=torch.bfloat16).t()
-    rest = (None, 64, 128, 64, "nf4")
-    assert torch.equal(native.linear_4bit(wide, *tensors, *rest), native.linear_4bit(wide.contiguous(), *tensors, *rest))
+    rest = (*tensors, None, 64, 128, 64, "nf4")
+    assert torch.equal(native.linear_4bit(wide, *rest), native.linear_4bit(wide.contiguous(), *rest))
 
 
 def test_results_do_not_depend_on_the_number_of_threads(isa):
@@ -223,6 +226,7 @@ def test_nf4_bytes_equal_bitsandbytes(isa, shape):
             packed, absmax = native.quantize_4bit(x, block_size, "nf4")
             theirs, state = functional.quantize_4bit(x, blocksize=block_size, quant_type="nf4")
             assert torch.equal(packed, theirs.view(-1)) and torch.equal(absmax, state.absmax)
-            if len(shape) == 2 and (shape[1] % block_size == 0 or shape[1] % 16):  # elsewhere theirs is wrong (its AVX-512 path)
+            # elsewhere theirs is wrong (its AVX-512 path, rows that straddle blocks) or comes back in another shape
+            if len(shape) == 2 and (shape[1] % block_size == 0 or shape[1] % 16):
                 ours = native.dequantize_4bit(packed, absmax, None, None, 256, shape, dtype, block_size, "nf4")
                 assert torch.equal(ours, functional.dequantize_4bit(theirs, state).view(shape))

@@ -1,8 +1,8 @@
 /* x W^T for rows of bfloat16 with AMX: 32 rows of W are decoded 128 columns at a time into 8 KiB of the first-level cache and
  * multiplied from there, y^T = W x^T, so that W lies as it is decoded and only x, which is small, is rearranged.
  *
- * Bytes: the packed weight once for up to 32 rows of x (the sums stay in tiles), once altogether for more (the sums then go
- * through memory once every 1024 columns). Flops: 2 M N K; a tile product is 16384 flops in 16 cycles. */
+ * Bytes: the packed weight once for up to 32 rows of x (the sums stay in tiles), and for more (the sums then go
+ * through memory once every 512 columns). Flops: 2 M N K; a tile product is 16384 flops in 16 cycles. */
 #include "native.h"
 
 #if defined(__x86_64__) && defined(__linux__)
@@ -15,7 +15,7 @@
 BEGIN_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16")
 #include "amx.h"
 
-enum { ROWS = 32, CHUNK = 1024, AHEAD = 4 /* groups prefetched ahead */ };
+enum { ROWS = 32, STRIPES = 8, CHUNK = 512, AHEAD = 4 /* groups prefetched ahead */ };
 
 typedef struct {
     const linear_args *args;
@@ -133,40 +133,49 @@ static void amx_task(void *context, int64_t thread, int64_t threads) {
     amx_job *j = context;
     const linear_args *a = j->args;
     const int64_t groups = j->padded / 128, pairs = ceil_div(a->M, 32), blocks = a->K / a->w->block_size;
-    const int64_t chunk = pairs == 1 ? 1 : CHUNK / 128, pair_stride = 2 * j->padded / 2 * j->columns;
-    const size_t tile_bytes = ROWS * chunk * 128 * 2, absmax_bytes = (ROWS * blocks + 16) * sizeof(float);
-    char *memory = scratch(1, tile_bytes + absmax_bytes + (pairs + 1) * 4096);
+    /* up to 32 rows of x: the sums stay in tiles; else they go through memory, and each 32 rows of x that come into the first-level
+     * cache meet 256 rows of W */
+    const int64_t chunk = pairs == 1 ? 1 : CHUNK / 128, stripes = pairs == 1 ? 1 : STRIPES, stripe = ROWS * chunk * 128;
+    const int64_t pair_stride = j->padded * j->columns;
+    const size_t tile_bytes = stripes * stripe * 2, sums_bytes = stripes * pairs * 4096;
+    char *memory = scratch(1, tile_bytes + sums_bytes + (stripes * ROWS * blocks + 16) * sizeof(float));
     if (!memory) {
         j->failed = 1;
         return;
     }
     uint16_t *tile = (uint16_t *)memory;
-    float *sums = (float *)(memory + tile_bytes), *absmax = sums + (pairs + 1) * 1024;
+    float *sums = (float *)(memory + tile_bytes), *absmax = (float *)(memory + tile_bytes + sums_bytes);
     memset(tile, 0, tile_bytes);
     configure_tiles(16, j->columns);
     const int64_t stop = part_start(a->N, ROWS, thread + 1, threads);
-    for (int64_t n = part_start(a->N, ROWS, thread, threads); n < stop; n += ROWS) {
-        const int64_t rows = stop - n < ROWS ? stop - n : ROWS;
+    for (int64_t n = part_start(a->N, ROWS, thread, threads); n < stop; n += stripes * ROWS) {
+        const int64_t rows = stop - n < stripes * ROWS ? stop - n : stripes * ROWS, here = ceil_div(rows, ROWS);
         a->engine->decode_absmax(a->w, n * blocks, rows * blocks, absmax);
         zero_sums();
         for (int64_t g = 0; g < groups; g += chunk) {
-            int64_t last = g + chunk < groups ? g + chunk : groups;
-            decode_rows(a, absmax, n, rows, g, last, tile);
+            const int64_t last = g + chunk < groups ? g + chunk : groups, stride = 128 * (last - g), steps = 4 * (last - g);
+            for (int64_t i = 0; i < here; i++)
+                decode_rows(a, absmax + i * ROWS * blocks, n + i * ROWS, rows - i * ROWS < ROWS ? rows - i * ROWS : ROWS, g, last,
+                            tile + i * stripe);
             for (int64_t p = 0; p < pairs; p++) {
                 const uint32_t *x0 = j->right + p * pair_stride + g * 64 * j->columns, *x1 = x0 + pair_stride / 2;
-                if (pairs > 1) g ? load_sums(sums + p * 1024, 16) : zero_sums();
-                if (p * 32 + 16 < a->M) multiply(tile, 128 * (last - g), x0, x1, j->columns, 4 * (last - g), 1);
-                else multiply(tile, 128 * (last - g), x0, x1, j->columns, 4 * (last - g), 0);
-                if (pairs > 1) store_sums(sums + p * 1024, 16);
+                for (int64_t i = 0; i < here; i++) {
+                    float *s = sums + (p * stripes + i) * 1024;
+                    if (pairs > 1) g ? load_sums(s, 16) : zero_sums();
+                    if (p * 32 + 16 < a->M) multiply(tile + i * stripe, stride, x0, x1, j->columns, steps, 1);
+                    else multiply(tile + i * stripe, stride, x0, x1, j->columns, steps, 0);
+                    if (pairs > 1) store_sums(s, 16);
+                }
             }
         }
         if (pairs == 1) store_sums(sums, j->columns);
-        for (int64_t i = 0; i < 4 * pairs; i++) { /* quarter i % 4 of the sums: W's half i % 2, x's tile i / 2 % 2 */
-            int64_t m = i / 2 * 16, outputs = rows - i % 2 * 16;
-            if (m < a->M && outputs > 0)
-                write_outputs(a, sums + i * 256, j->columns, n + i % 2 * 16, m, a->M - m < 16 ? a->M - m : 16,
-                              outputs < 16 ? outputs : 16);
-        }
+        for (int64_t p = 0; p < pairs; p++)
+            for (int64_t q = 0; q < 4 * here; q++) { /* a quarter of four: W's half q % 2, x's tile q / 2 % 2 */
+                int64_t from = q / 4 * ROWS + q % 2 * 16, m = p * 32 + q / 2 % 2 * 16;
+                if (m < a->M && from < rows)
+                    write_outputs(a, sums + (p * stripes + q / 4) * 1024 + q % 4 * 256, j->columns, n + from, m,
+                                  a->M - m < 16 ? a->M - m : 16, rows - from < 16 ? rows - from : 16);
+            }
     }
     _tile_release();
 }

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-import math
 import os
+import threading
 from pathlib import Path
 
 import torch
@@ -31,9 +31,13 @@ _SIGNATURES = {
 }
 # Below so many weights a second thread costs more than it saves.
 _SERIAL_WEIGHTS = 1 << 16
-# Up to so many rows the product is computed from the packed weight; beyond, tiles are dequantized and given to torch's GEMM.
-_FUSED_ROWS = 64
-_TILE_BYTES = 4 << 20
+# Up to so many rows the product is computed from the packed weight, tile by tile in the cache; beyond, the weight is dequantized
+# into memory that is used again, and torch's GEMM does the rest. AMX keeps up with torch's GEMM for longer.
+_FUSED_ROWS, _FUSED_ROWS_AMX, _FUSED_ROWS_AMX_DX = 64, 256, 128
+# The memory for a dequantized weight is kept for the next one up to this size: fresh memory would cost more in page faults
+# than the dequantization itself.
+_KEPT_BYTES = 64 << 20
+_local = threading.local()
 
 
 def _openmp() -> tuple[ctypes.CDLL | None, str]:
@@ -106,8 +110,27 @@ def _threads(weights: int) -> int:
     return 1 if weights < _SERIAL_WEIGHTS else torch.get_num_threads()
 
 
+def _amx_takes(dtype: torch.dtype, K: int, block_size: int) -> bool:
+    """Whether the library's AMX products take this shape (decodes_by_128 in decode128.h)."""
+    return ISA == "amx" and dtype == torch.bfloat16 and K % block_size == 0 and block_size != 32
+
+
 def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
+
+
+def _dequantized(tensors: tuple, shape: tuple[int, int], dtype: torch.dtype, block_size: int, quant_type: str) -> Tensor:
+    """The whole weight in `dtype`, in memory that this thread uses again for its next weight: valid until then."""
+    n = shape[0] * shape[1]
+    size = n * dtype.itemsize
+    buffer = getattr(_local, "buffer", None)
+    if buffer is None or buffer.numel() < size:
+        buffer = torch.empty(size, dtype=torch.uint8)
+        if size <= _KEPT_BYTES:
+            _local.buffer = buffer
+    out = buffer[:size].view(dtype).view(shape)
+    _dequantize_into(out, *tensors, block_size, quant_type)
+    return out
 
 
 def quantize_4bit(x: Tensor, block_size: int, quant_type: str) -> tuple[Tensor, Tensor]:
@@ -133,13 +156,18 @@ def dequantize_4bit(
     quant_type: str,
 ) -> Tensor:
     out = torch.empty(tuple(shape), dtype=dtype)
-    n = out.numel()
+    _dequantize_into(out, packed, absmax, nested_absmax, nested_offset, nested_block_size, block_size, quant_type)
+    return out
+
+
+def _dequantize_into(
+    out, packed, absmax, nested_absmax, nested_offset, nested_block_size, block_size, quant_type
+) -> None:
     packed, absmax = packed.contiguous(), absmax.contiguous()
     _library.dequantize_4bit(
         packed.data_ptr(), absmax.data_ptr(), _address(nested_absmax), _address(nested_offset), nested_block_size,
-        block_size, _QUANT_TYPES[quant_type], _DTYPES[dtype], n, out.data_ptr(), _threads(n),
+        block_size, _QUANT_TYPES[quant_type], _DTYPES[out.dtype], out.numel(), out.data_ptr(), _threads(out.numel()),
     )  # fmt: skip
-    return out
 
 
 def double_quantize(absmax: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -168,10 +196,9 @@ def linear_4bit(
 ) -> Tensor:
     """x (M, K) times the weight (N, K) transposed, plus bias (N,) or None, in x's dtype: (M, N)."""
     M = x.shape[0]
-    if M > _FUSED_ROWS:
-        w = dequantize_4bit(
-            packed, absmax, nested_absmax, nested_offset, nested_block_size, (N, K), x.dtype, block_size, quant_type
-        )
+    if M > (_FUSED_ROWS_AMX if _amx_takes(x.dtype, K, block_size) else _FUSED_ROWS):
+        tensors = (packed, absmax, nested_absmax, nested_offset, nested_block_size)
+        w = _dequantized(tensors, (N, K), x.dtype, block_size, quant_type)
         return F.linear(x, w, bias)
     x = x.contiguous()
     y = torch.empty(M, N, dtype=x.dtype)
@@ -190,10 +217,9 @@ def linear_4bit_dx(
 ) -> Tensor:
     """dy (M, N) times the weight (N, K), in dy's dtype: (M, K)."""
     M = dy.shape[0]
-    if M > _FUSED_ROWS:
-        w = dequantize_4bit(
-            packed, absmax, nested_absmax, nested_offset, nested_block_size, (N, K), dy.dtype, block_size, quant_type
-        )
+    if M > (_FUSED_ROWS_AMX_DX if _amx_takes(dy.dtype, K, block_size) else _FUSED_ROWS):
+        tensors = (packed, absmax, nested_absmax, nested_offset, nested_block_size)
+        w = _dequantized(tensors, (N, K), dy.dtype, block_size, quant_type)
         return dy @ w
     dy = dy.contiguous()
     dx = torch.empty(M, K, dtype=dy.dtype)
