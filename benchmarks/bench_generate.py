@@ -1,9 +1,11 @@
 """Decoding at batch 1: ours in NF4, ours in bf16, transformers in bf16, in turn in one process.
 
-Agreement is checked first: the bf16 models' logits on the prompt have the same error against the float32 model within a factor
-of two, and NF4's equal those of its dequantized weights. Then each generates the same number of tokens, round after round; ratios are
-medians over the rounds. The limit is the bytes a token must read (every linear weight and the head) over this machine's measured
-read bandwidth. Peak memory is taken in a fresh process each. Usage: python benchmarks/bench_generate.py [--model PATH] [--json FILE]
+Agreement is checked first: against the float32 model, the error of our bf16 logits is at most twice that of transformers'; and
+NF4's, against float32 on its dequantized weights, at most twice that of bf16 on them. Then each generates as many tokens, round
+after round; ratios are medians over the rounds. The limit is the bytes a token must read (every linear weight and the head) over
+this machine's measured read bandwidth. Peak memory is that of a fresh process each.
+
+    python benchmarks/bench_generate.py [--model PATH] [--tokens 32] [--rounds 5] [--json FILE]
 """
 from __future__ import annotations
 

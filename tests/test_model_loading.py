@@ -93,7 +93,7 @@ def test_quantizing_while_loading_equals_quantizing_after(quantize, double_quant
 def test_the_head_stays_dense(tmp_path):
     save(random_model("llama3"), tmp_path)
     model = load(tmp_path, quantize="nf4")
-    assert type(model.lm_head) is torch.nn.Linear
+    assert isinstance(model.lm_head, torch.nn.Linear)
     assert sum(isinstance(module, QuantizedLinear) for module in model.modules()) == 7 * 3
 
 

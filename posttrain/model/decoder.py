@@ -19,6 +19,13 @@ from .kv_cache import KVCache
 from .rope import RotaryTable, apply_rope
 
 
+class Embedding(nn.Embedding):
+    """nn.Embedding whose weight is left unset: `CausalLM` initializes every weight, or loading replaces it."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
 class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -124,7 +131,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -149,6 +156,8 @@ class CausalLM(nn.Module):
     @torch.no_grad()
     def _initialize(self) -> None:
         """Normal weights of `initializer_range` and zero biases, as the family is trained from scratch."""
+        if self.model.norm.weight.is_meta:
+            return  # about to be loaded; and random numbers on meta tensors import a compiler's 70 MB
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 module.weight.normal_(0.0, self.config.initializer_range)
