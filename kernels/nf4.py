@@ -134,11 +134,14 @@ def _dequantize_4bit_words_kernel(
     offs = group[:, None] * 4 + tl.arange(0, 4)[None, :]
     word_ptr = packed_ptr.to(tl.pointer_type(tl.int32)) + first * 4
     word = tl.load(word_ptr + offs, mask=mask[:, None], other=0)
-    v0, v1, v2, v3 = lookup_word(word, t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7])
-    values = tl.reshape(tl.join(tl.join(v0, v2), tl.join(v1, v3)), (GROUPS * 16,))
-    offs_out = tl.arange(0, GROUPS * 16)
+    # half a group at a time: eight results in registers leave room for full occupancy, and 32 bytes fill a sector
+    halves = tl.split(tl.trans(tl.reshape(word, (GROUPS, 2, 2)), (0, 2, 1)))
     pair_ptr = out_ptr.to(tl.pointer_type(tl.int32)) + first * 16
-    tl.store(pair_ptr + offs_out, values, mask=offs_out < left * 16)
+    for half in tl.static_range(2):
+        v0, v1, v2, v3 = lookup_word(halves[half], t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7])
+        values = tl.reshape(tl.join(tl.join(v0, v2), tl.join(v1, v3)), (GROUPS, 8))
+        offs_out = group[:, None] * 16 + half * 8 + tl.arange(0, 8)[None, :]
+        tl.store(pair_ptr + offs_out, values, mask=mask[:, None])
 
 
 @triton.jit(do_not_specialize=["block_shift"])
@@ -204,11 +207,9 @@ def dequantize_4bit_triton(
     grid = (triton.cdiv(n, _GROUPS * 32),)
     with on_device_of(packed):
         if backend() == "cuda" and dtype != torch.float32 and n % 32 == 0 and packed.data_ptr() % 16 == 0:
-            # 32 registers fill the SM; the compiler needs 34 when left alone, and spills none when held to 32
             _dequantize_4bit_words_kernel[grid](
-                *source, out, n // 32, shift, nested_block, _GROUPS, quant_type,
-                num_warps=4, enable_fp_fusion=False, maxnreg=32,
-            )  # fmt: skip
+                *source, out, n // 32, shift, nested_block, _GROUPS, quant_type, num_warps=4, enable_fp_fusion=False
+            )
         else:
             _dequantize_4bit_kernel[grid](
                 *source, codebooks.on(quant_type.upper(), packed.device), out, n, packed.numel(), shift,
@@ -343,7 +344,7 @@ def aot_variants() -> Iterator[Variant]:
                     _dequantize_4bit_words_kernel,
                     source | {"out_ptr": f"*{dtype}", "n_groups": "i32:16", "block_shift": "i32"},
                     constants | {"QUANT_TYPE": quant_type},
-                    options={"enable_fp_fusion": False, "maxnreg": 32},
+                    options={"enable_fp_fusion": False},
                     backends=("cuda",),
                 )
         for dtype in ("fp32", "fp16", "bf16"):
