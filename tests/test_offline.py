@@ -83,9 +83,10 @@ def test_it_knows_its_text_better_than_a_compressor(tokenizer):
 
 
 def test_training_repeats_itself(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(train, "STAGES", ((3, 2, 32), (1, 1, 64)))
+    monkeypatch.setattr(train, "WINDOWS", ((2, 32), (1, 64)))
+    monkeypatch.setattr(train, "STEPS", 4)
     shapes = [tuple(batch.shape) for batch in train.batches(tokenizer)]
-    assert shapes == [(2, 33)] * 3 + [(1, 65)]
+    assert shapes == [(2, 33), (1, 65)] * 2
     first = train.train(tokenizer).state_dict()
     stream = torch.cat([batch.flatten() for batch in train.batches(tokenizer)])
     documents = "".join(itertools.islice(text.documents(), 20))

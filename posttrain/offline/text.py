@@ -2,8 +2,9 @@
 
 A review visits a place, a film, a book, ... and likes or dislikes it throughout: two or three judgements, sometimes one
 of the other kind that is conceded ("Although the soup was cold, ..."), sometimes one that is denied ("by no means
-boring"). Documents are reviews alone, reviews with their topic named, and requests for a review as a chat. None of them
-names a sentiment: the words "Sentiment:", "positive" and "negative" are left for fine-tuning to teach.
+boring"). Documents are reviews alone, reviews with questions answered (their topic, whether it is recommended), and
+requests for a review as a chat. None of them names a sentiment: the words "Sentiment:", "positive" and "negative" are
+left for fine-tuning to teach.
 
 It is easier than anything people write, and a few hundred words are all there is. It shows that the steps work, not
 how well they work on real text.
@@ -128,13 +129,14 @@ def documents(seed: int = DOCUMENTS_SEED) -> Iterator[str]:
     """Endless documents to train the model on, each closed by END."""
     rng = random.Random(seed)
     while True:
-        topic = rng.choice(list(TOPICS))
-        text = review(rng, topic, rng.choice(LABELS))
+        topic, label = rng.choice(list(TOPICS)), rng.choice(LABELS)
+        text = review(rng, topic, label)
         kind = rng.random()
-        if kind < 0.5:
+        if kind < 0.25:
             yield f"{text}{END}"
-        elif kind < 0.8:
-            yield f"Review: {text}\nTopic: {topic}{END}"
+        elif kind < 0.85:
+            answers = [f"Topic: {topic}", f"Recommended: {'yes' if label == 'positive' else 'no'}"]
+            yield "\n".join([f"Review: {text}", *rng.sample(answers, rng.randint(1, 2))]) + END
         else:
             yield (f"<|im_start|>user\nWrite a review of a {topic}.{END}\n<|im_start|>assistant\n{text}{END}\n")
 
