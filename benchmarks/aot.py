@@ -30,7 +30,7 @@ def least_bytes(name: str) -> float:
     n = N * K
     dtype = re.search(r"fp32|fp16|bf16", name.removeprefix("quantize_fp4").removeprefix("dequantize_fp4"))
     size = ITEMSIZE[dtype[0]] if dtype else 0
-    nested = "_nested" in name or "nested=True" in name
+    nested = "_nested" in name
     block = re.fullmatch(r"quantize_\w+_(\d+)", name)
     absmax = n / 64 * (1 + 4 / 256) if nested else n / 64 * 4
     if block:
@@ -41,7 +41,7 @@ def least_bytes(name: str) -> float:
         return n / 64 * 4 * 2 + n / 64 * (1 + 4 / 256)
     if name == "double_dequantize":
         return n / 64 * (1 + 4 / 256) + n / 64 * 4
-    rows = re.match(r"quantized_linear_\w+ .*M=(\d+)", name)
+    rows = re.match(r"quantized_linear_[a-z]+_\w+?_(\d+)", name)
     return n / 2 + absmax + int(rows[1]) * (K + N) * size if rows else math.nan
 
 

@@ -48,10 +48,14 @@ class QuantizedWeight:
             raise ValueError(f"block_size is {self.block_size!r}; it must be a power of two from 32 to 4096")
         if self.dtype not in nf4.DTYPES:
             raise TypeError(f"dtype is {self.dtype}; expected float32, float16 or bfloat16")
+        if min(self.shape, default=0) < 0:
+            raise ValueError(f"shape is {tuple(self.shape)}; no dimension can be negative")
         n = math.prod(self.shape)
         blocks = -(-n // self.block_size)
         self._check("packed", self.packed, torch.uint8, (n + 1) // 2)
         if isinstance(self.absmax, DoubleQuantized):
+            if self.absmax.block_size < 1:
+                raise ValueError(f"the nested block size is {self.absmax.block_size}; it must be positive (256 is the usual one)")
             self._check("absmax codes", self.absmax.codes, torch.uint8, blocks)
             self._check("nested absmax", self.absmax.absmax, torch.float32, -(-blocks // self.absmax.block_size))
             self._check("nested offset", self.absmax.offset, torch.float32, 1)
@@ -128,11 +132,13 @@ class QuantizedWeight:
 
         try:
             state = json.loads(bytes(state_dict[states[0]].tolist()))
-            quant_type, block_size = state["quant_type"], int(state["blocksize"])
+            quant_type, block_size = str(state["quant_type"]), int(state["blocksize"])
             shape, dtype = tuple(map(int, state["shape"])), _DTYPES[state["dtype"]]
             nested = "nested_blocksize" in state
             nested_block_size = int(state["nested_blocksize"]) if nested else 0
             offset = float(state["nested_offset"]) if nested else 0.0
+            if not math.isfinite(offset):
+                raise ValueError(f"nested_offset is {offset}")
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{states[0]} is malformed ({error!r}): save the model again") from error
         if quant_type not in QUANTIZE:

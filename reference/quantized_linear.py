@@ -18,7 +18,7 @@ def weight(packed, absmax, N: int, K: int, block_size: int, quant_type: str, nes
 
 def forward(x, w, bias=None) -> np.ndarray:
     """y_mn = sum_k x_mk w_nk + b_n. x (M, K), w (N, K), bias (N,) or None; y float64 (M, N)."""
-    M, N, K = len(x), *w.shape
+    M, (N, K) = len(x), w.shape
     y = np.zeros((M, N))
     for m in range(M):
         for n in range(N):
@@ -34,7 +34,7 @@ def backward(dy, w) -> tuple[np.ndarray, np.ndarray]:
 
     y_mn depends on x_mk through the one term x_mk w_nk, for every n, and on b_n with slope 1, for every m. W is frozen.
     """
-    M, N, K = len(dy), *w.shape
+    M, (N, K) = len(dy), w.shape
     dx, dbias = np.zeros((M, K)), np.zeros(N)
     for m in range(M):
         for n in range(N):
