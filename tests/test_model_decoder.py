@@ -179,7 +179,7 @@ def test_training_saves_each_input_once():
     D, F, norms = 64, 160, 2
     # Of hidden_size: the two norms' inputs, q, k and v (half each, two heads of four), attention's output, and the
     # inputs of q/k/v and of gate/up. Of intermediate_size: gate, up, and down's input. A float a token: each norm's
-    # r, each head's logsumexp.
+    # r.
     assert two - one == 7 * D + 3 * F + norms
 
 

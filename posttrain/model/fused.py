@@ -53,7 +53,7 @@ class FusedLinear:
 
     def take_biases(self, layers: list[QuantizedLinear]) -> None:
         """Biases are small and may have been trained since: they are put together anew each time."""
-        biases = [layer.bias for layer in layers if layer.bias is not None]
+        biases: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None]
         self._bias = torch.cat(biases).detach() if biases else None
 
 

@@ -60,7 +60,7 @@ def load(
         prints = Fingerprint(config)
         passed = 0
         linears = dict(quantizable_linears(model, skip=()))
-        to_quantize = {owner for owner, _ in quantizable_linears(model)} if quantize is not None else set()
+        to_quantize = {owner for owner, _ in quantizable_linears(model)}
         for name in checkpoint.names():
             if _ignored(name, config) or name in statistics:
                 continue
@@ -78,7 +78,7 @@ def load(
                 _replace_linear(model, owner, QuantizedLinear(weight, linear.bias))
                 continue
             tensor = tensor.to(device, chosen)
-            if last == "weight" and owner in to_quantize:
+            if quantize is not None and last == "weight" and owner in to_quantize:
                 weight = quantize_weight(tensor, quantize, block_size, double_quant)
                 _replace_linear(model, owner, QuantizedLinear(weight, linears[owner].bias))
                 continue

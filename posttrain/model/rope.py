@@ -87,6 +87,7 @@ def rope_frequencies(rope: RopeConfig, head_dim: int, max_position: int, length:
 
 def _llama3_frequencies(rope: RopeConfig, frequencies: Tensor) -> Tensor:
     """Long wavelengths divided by the factor, short ones kept, a linear ramp (in turns per old context) between."""
+    assert rope.original_max_position_embeddings and rope.low_freq_factor and rope.high_freq_factor  # from_hf saw to it
     turns = rope.original_max_position_embeddings * frequencies / (2 * math.pi)
     ramp = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
     ramp = ramp.clamp(0, 1)
@@ -96,11 +97,14 @@ def _llama3_frequencies(rope: RopeConfig, frequencies: Tensor) -> Tensor:
 def _yarn_frequencies(rope: RopeConfig, frequencies: Tensor, head_dim: int) -> Tensor:
     """YaRN's "NTK-by-parts": dimensions that turn often are kept, those that turn rarely are divided by the factor."""
 
+    old_context = rope.original_max_position_embeddings
+    assert old_context  # from_hf saw to it
+
     def dimension(turns: float) -> float:
         """The pair index that makes this many turns over the old context (inverse of the frequency's formula)."""
         return (
             head_dim
-            * math.log(rope.original_max_position_embeddings / (turns * 2 * math.pi))
+            * math.log(old_context / (turns * 2 * math.pi))
             / (2 * math.log(rope.rope_theta))
         )
 

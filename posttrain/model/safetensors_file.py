@@ -103,7 +103,7 @@ class SafetensorsReader:
         """The tensor, in memory of its own. KeyError for a name the file does not hold."""
         entry = self.entries[name]
         raw = torch.empty(entry.nbytes, dtype=torch.uint8)
-        view, done = memoryview(raw.numpy()), 0
+        view, done = memoryview(raw.numpy()), 0  # type: ignore[arg-type]
         self._file.seek(entry.start)
         while done < entry.nbytes:
             count = self._file.readinto(view[done:])
@@ -133,4 +133,4 @@ def write_safetensors(
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for _, tensor in items:
-            file.write(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+            file.write(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
