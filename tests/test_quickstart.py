@@ -20,9 +20,9 @@ from posttrain.evaluate import Accuracy, choice_accuracy
 from posttrain.lora import load_adapter
 from posttrain.model.loading import load
 from posttrain.model.tokenizer import Tokenizer
-from posttrain.statistics import compare, mcnemar
+from posttrain.statistics import compare
 
-SHORT = replace(qs.OFFLINE, steps=3, test_items=40, shots=2, save_steps=1)
+SHORT = replace(qs.OFFLINE, steps=3, test_items=24, shots=2, save_steps=1)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def test_every_phase_ran_and_was_measured(results) -> None:
 
 def test_accuracies_and_comparisons_are_of_the_same_items(results) -> None:
     assert list(results.accuracies) == ["zero-shot", "2-shot", "fine-tuned"]
-    assert all(accuracy.n == 40 for accuracy in results.accuracies.values())
+    assert all(accuracy.n == SHORT.test_items for accuracy in results.accuracies.values())
     tuned = results.accuracies["fine-tuned"].correct
     for name, comparison in zip(("zero-shot", "2-shot"), results.comparisons, strict=True):
         assert comparison == compare(results.accuracies[name].correct, tuned, name, "fine-tuned")
@@ -112,21 +112,26 @@ def _steps_done(adapter: Path) -> int:
     return max((int(folder.name.partition("-")[2]) for folder in adapter.glob("checkpoint-*")), default=0)
 
 
-def test_interrupted_and_run_again_ends_in_the_same_adapter(tmp_path, results) -> None:
-    """SIGINT once a checkpoint is there: exit code 130, no traceback, and the second run goes on from it."""
-    command = [sys.executable, "-m", "posttrain.cli", "quickstart", "--offline", "--output", str(tmp_path / "run")]
+def test_interrupted_training_goes_on_from_its_checkpoint(tmp_path) -> None:
+    """SIGINT once a checkpoint is there: exit code 130, no traceback, and the same command goes on with the next step."""
+    adapter = tmp_path / "run" / "adapter"
+    command = [sys.executable, "-u", "-m", "posttrain.cli", "quickstart", "--offline", "--output", str(tmp_path / "run")]
     command += ["--steps", "400", "--test-items", "4"]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 120
-        while not _steps_done(tmp_path / "run" / "adapter") and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.02)
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in err and "Run the same command again" in err
-    done = _steps_done(tmp_path / "run" / "adapter")
-    assert 0 < done < 400
-    logged = [json.loads(line)["step"] for line in (tmp_path / "run/adapter/metrics.jsonl").read_text().splitlines()]
-    assert logged == list(range(1, len(logged) + 1)) and len(logged) >= done
+    first_steps = []
+    for _ in range(2):
+        before = _steps_done(adapter)
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+            first_steps.append(next(line for line in process.stderr if line.startswith("step ")).split("/")[0])
+            while _steps_done(adapter) <= before and process.poll() is None:
+                time.sleep(0.02)
+            process.send_signal(signal.SIGINT)
+            err = process.stderr.read()
+        assert process.returncode == 130 and "Traceback" not in err and "Run the same command again" in err
+        if before == 0:
+            done = _steps_done(adapter)
+    assert first_steps == ["step 1", f"step {done + 1}"] and 0 < done < _steps_done(adapter) < 400
+    logged = [json.loads(line)["step"] for line in (adapter / "metrics.jsonl").read_text().splitlines()]
+    assert logged == list(range(1, len(logged) + 1)) and len(logged) >= _steps_done(adapter)
 
 
 @pytest.mark.real
@@ -140,4 +145,4 @@ def test_the_real_run_meets_its_bars(tmp_path) -> None:
     assert seconds < 360 and peak < 2.0
     claim = next(line for line in out.splitlines() if "fine-tuned is better than zero-shot" in line)
     assert int(claim.rpartition("n = ")[2].rstrip(")")) >= 1000
-    assert mcnemar(0, 1)[0] == 1.0 and float(claim.rpartition("McNemar p = ")[2].split(",")[0]) < 0.01
+    assert float(claim.rpartition("McNemar p = ")[2].split(",")[0]) < 0.01
