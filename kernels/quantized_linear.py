@@ -39,9 +39,8 @@ _LAUNCHERS = {"decode": quantized_linear_decode_triton, "gemm": quantized_linear
 _BUFFERS: dict[tuple[torch.device, int], Tensor] = {}
 
 
-def _dequantized(N: int, K: int, dtype: torch.dtype, packed: Tensor, *rest) -> Tensor:
-    """W (N, K) in `dtype`, valid until the next call on this stream. `rest`: the other tensors and sizes of the weight."""
-    *tensors, block_size, quant_type = rest
+def _dequantized(packed, absmax, nested, offset, nested_block_size, N, K, block_size, quant_type, dtype) -> Tensor:
+    """W (N, K) in `dtype`, valid until the next call on this stream."""
     key = packed.device, torch.cuda.current_stream(packed.device).cuda_stream
     nbytes = N * K * dtype.itemsize
     buffer = _BUFFERS.get(key)
@@ -50,7 +49,7 @@ def _dequantized(N: int, K: int, dtype: torch.dtype, packed: Tensor, *rest) -> T
     elif buffer is None or buffer.numel() < nbytes:
         buffer = _BUFFERS[key] = packed.new_empty(nbytes)
     out = buffer[:nbytes].view(dtype).view(N, K)
-    return dequantize_4bit_triton(packed, *tensors, (N, K), dtype, block_size, quant_type, out=out)
+    return dequantize_4bit_triton(packed, absmax, nested, offset, nested_block_size, (N, K), dtype, block_size, quant_type, out=out)
 
 
 def _linear_cpu(x, packed, absmax, nested, offset, nested_block_size, bias, N, K, block_size, quant_type):
@@ -74,7 +73,7 @@ def _linear_cuda(x, packed, absmax, nested, offset, nested_block_size, bias, N, 
     packed, absmax = packed.contiguous(), absmax.contiguous()
     chosen = plan(rows.shape[0], N, K, x.dtype, current_target())
     if chosen.kernel == "dequantize" or packed.data_ptr() % 16:  # kernels read packed in pieces of 16 bytes
-        weight = _dequantized(N, K, x.dtype, packed, absmax, nested, offset, nested_block_size, block_size, quant_type)
+        weight = _dequantized(packed, absmax, nested, offset, nested_block_size, N, K, block_size, quant_type, x.dtype)
         y = F.linear(rows, weight, bias)
     else:
         y = _LAUNCHERS[chosen.kernel](
@@ -87,7 +86,7 @@ def _linear_dx_cuda(dy, packed, absmax, nested, offset, nested_block_size, N, K,
     rows = dy.reshape(math.prod(dy.shape[:-1]), N)
     if rows.numel() == 0 or K == 0:
         return dy.new_zeros(*dy.shape[:-1], K)
-    weight = _dequantized(N, K, dy.dtype, packed, absmax, nested, offset, nested_block_size, block_size, quant_type)
+    weight = _dequantized(packed, absmax, nested, offset, nested_block_size, N, K, block_size, quant_type, dy.dtype)
     return (rows @ weight).view(*dy.shape[:-1], K)
 
 

@@ -101,7 +101,7 @@ class QuantizedWeight:
         }
         tensors = {"": packed.reshape(-1, 1), ".absmax": absmax.reshape(-1)}
         tensors[".quant_map"] = codebooks.CODEBOOKS[self.quant_type].to(device, copy=True)
-        if nested_absmax is not None:
+        if nested_absmax is not None and nested_offset is not None:
             if nested_block_size != 256:
                 raise ValueError(
                     f"the nested block size is {nested_block_size} and bitsandbytes reads 256 alone: quantize the weight again"
@@ -145,11 +145,12 @@ class QuantizedWeight:
             raise ValueError(f"{owner} has quant_type {quant_type!r}; expected one of {', '.join(QUANTIZE)}")
         _check_map(f"{owner}.quant_map", get(".quant_map"), codebooks.CODEBOOKS[quant_type])
         packed = get("").contiguous().view(-1).view(torch.uint8)  # quant_storage: the bytes as any dtype
-        absmax: Tensor | DoubleQuantized = get(".absmax").reshape(-1)
+        codes = get(".absmax").reshape(-1)
+        absmax: Tensor | DoubleQuantized = codes
         if nested:
             _check_map(f"{owner}.nested_quant_map", get(".nested_quant_map"), codebooks.DYNAMIC_MAP)
             nested_offset = torch.tensor(offset, dtype=torch.float32, device=packed.device)
-            absmax = DoubleQuantized(absmax, get(".nested_absmax").reshape(-1), nested_offset, nested_block_size)
+            absmax = DoubleQuantized(codes, get(".nested_absmax").reshape(-1), nested_offset, nested_block_size)
         try:
             return cls(packed, absmax, shape, dtype, block_size, quant_type)
         except (ValueError, TypeError) as error:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+from dataclasses import replace
+from types import SimpleNamespace
+
 import four_bit
 import pytest
 import torch
@@ -253,6 +257,44 @@ def test_emulated_split_k_is_deterministic():
     case = _case(1, 9, 4096, torch.bfloat16)
     first = _launch(quantized_linear_decode_triton, case, 4)
     assert all(torch.equal(_launch(quantized_linear_decode_triton, case, 4), first) for _ in range(3))
+
+
+@pytest.mark.emulated
+def test_emulated_dispatch(monkeypatch):
+    """What runs on CUDA tensors, given CPU ones: each way that `plan` chooses, misaligned and empty tensors, and dX."""
+    ql = importlib.import_module("posttrain.kernels.quantized_linear")  # the package's attribute is the function
+    four_bit.activate(80)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    taken = []
+    monkeypatch.setattr(ql, "_LAUNCHERS", {name: _noting(taken, name, f) for name, f in ql._LAUNCHERS.items()})
+    monkeypatch.setattr(ql, "_dequantized", _noting(taken, "dequantize", ql._dequantized))
+
+    def check(way: str | None, M, N, K, misaligned=False):
+        x, w, bias = _case(M, N, K, torch.bfloat16)
+        if misaligned:
+            w = replace(w, packed=torch.cat([w.packed[:1], w.packed])[1:])
+        taken.clear()
+        _check(ql._linear_cuda(x, *w.tensors(), bias, N, K, 64, "nf4"), x, w, bias)
+        assert taken == ([way] if way else [])
+        dy = torch.randn(M, N).bfloat16()
+        dx = ql._linear_dx_cuda(dy, *w.tensors(), N, K, 64, "nf4")
+        assert_as_accurate(dx, dy @ w.dequantize(dy.dtype), dy.double() @ _oracle_weight(w))
+
+    check("decode", 1, 80, 1024 + 96)
+    check("gemm", 13, 64, 256)
+    check("dequantize", 700, 16, 64)  # reuses the larger buffer that the ones before filled
+    check("dequantize", 2, 5, 65)
+    check("dequantize", 1, 8, 64, misaligned=True)
+    check(None, 0, 8, 64)
+
+
+def _noting(taken: list[str], name: str, function):
+    def noted(*arguments):
+        taken.append(name)
+        return function(*arguments)
+
+    return noted
 
 
 WORK = [  # kernel, M, warp instructions a weight and A100 occupancy of bitsandbytes' CUDA kernel, measured the same way
