@@ -3,7 +3,7 @@ and bitsandbytes + PEFT on the same weights, tokens and labels.
 
     python benchmarks/bench_sft.py [--rounds 5] [--labels all|completion] [--json FILE]
 
-First the systems must agree: the loss and the adapter's gradient of each 16-bit or 4-bit pair on one row, against float32 on the
+First the systems must agree: the adapter's gradient of each 16-bit or 4-bit pair on one row, against float32 on the
 same (de)quantized weights. Then they take steps in turn in one process, so that a busy machine slows all alike:
 medians, and medians of the ratios within a round. Memory is each system's alone, in a process of its own: the highest
 resident size from the first step's start to the last step's end (the mark is reset before), and of the whole process.
@@ -266,9 +266,9 @@ def report(names, times, memory, agreement, rate, weights, arguments) -> None:
           f"{flops / rate:.2f} s at the {rate / 1e12:.2f} Tflop/s of a large bf16 product here")  # fmt: skip
     for text in agreement.values():
         print(text)
-    print(
-        f"\n{'':28}{'cpu (s)' if arguments.cpu_time else 'step (s)':>10}{'range':>15}{'times ours':>12}{'peak, steps':>13}{'times ours':>12}{'process':>10}"
-    )
+    clock = "cpu (s)" if arguments.cpu_time else "step (s)"
+    head = f"{clock:>10}{'range':>15}{'times ours':>12}{'peak, steps':>13}{'times ours':>12}{'process':>10}"
+    print(f"\n{'':28}{head}")
     rows = {}
     for name in SYSTEMS:
         if name not in names:

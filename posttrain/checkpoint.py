@@ -82,7 +82,7 @@ def save_checkpoint(
 ) -> Path:
     """Write checkpoint-<state["step"]> in `folder` with the random states as they are now. Returns its path."""
     path = Path(folder) / f"checkpoint-{state['step']}"
-    names = {parameter: name for name, parameter in trainable(model).items()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in trainable(model).items()}
     tensors = {
         f"{names[parameter]}.{entry}": value
         for parameter, entries in optimizer.state.items()

@@ -19,6 +19,7 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,12 +40,26 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
 
 
+def adapter_configs(model: nn.Module) -> dict[str, LoraConfig]:
+    """What each adapter of the model was attached with, by name in the order of attaching."""
+    return getattr(model, "_adapter_configs", {})
+
+
 def adapters(model: nn.Module) -> list[str]:
     """Names of the model's adapters, in the order in which they were attached."""
-    return list(getattr(model, "adapter_configs", {}))
+    return list(adapter_configs(model))
 
 
-def target_layers(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
+def _set_configs(model: nn.Module, configs: dict[str, LoraConfig]) -> None:
+    object.__setattr__(model, "_adapter_configs", configs)
+
+
+def _device(layer: Any) -> torch.device:
+    weight = layer.weight
+    return weight.device if isinstance(weight, Tensor) else weight.packed.device
+
+
+def target_layers(model: nn.Module, config: LoraConfig) -> dict[str, Any]:
     """{name: linear layer or LoraLinear} that the config selects. ValueError where it selects none, or something not
     linear."""
     inside = tuple(f"{name}." for name in lora_layers(model))
@@ -77,10 +92,9 @@ def _check_new_name(model: nn.Module, name: str) -> None:
         raise ValueError("an adapter is merged into the base; unmerge first")
 
 
-def _initial(config: LoraConfig, name: str, base: nn.Module, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
-    r, weight = config.rank(name), base.weight
-    device = weight.device if isinstance(weight, Tensor) else weight.packed.device
-    dtype = dtype or torch.promote_types(weight.dtype, torch.float32)
+def _initial(config: LoraConfig, name: str, base: Any, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    r, device = config.rank(name), _device(base)
+    dtype = dtype or torch.promote_types(base.weight.dtype, torch.float32)
     A = torch.empty(r, base.in_features, dtype=dtype, device=device)
     B = torch.zeros(base.out_features, r, dtype=dtype, device=device)
     if config.init_lora_weights == "gaussian":
@@ -111,7 +125,8 @@ def attach(
     values = weights or {n: _initial(config, n, layer, dtype) for n, layer in base.items()}
     modules = dict(model.named_modules())
     if base_fingerprint(model) is not None:
-        model.fingerprint = base_fingerprint(model)  # of the bare base: kept, since its tensors' names change now
+        # Of the bare base, and kept: the names of its tensors change now.
+        object.__setattr__(model, "fingerprint", base_fingerprint(model))
     model.requires_grad_(False)
     for layer_name, layer in targets.items():
         if not isinstance(layer, LoraLinear):
@@ -119,7 +134,7 @@ def attach(
             layer = LoraLinear(layer).train(modules[parent].training)
             setattr(modules[parent], attribute, layer)
         layer.add(name, *values[layer_name], config.scaling(layer_name), config.lora_dropout)
-    model.adapter_configs = {**getattr(model, "adapter_configs", {}), name: _written_out(model, config, targets)}
+    _set_configs(model, {**adapter_configs(model), name: _written_out(model, config, targets)})
     set_adapter(model, name)
     return list(targets)
 
@@ -218,13 +233,13 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     _known(model, name)
     if is_merged(model):
         raise ValueError("an adapter is merged into the base; unmerge first")
-    model.adapter_configs = {n: c for n, c in model.adapter_configs.items() if n != name}
+    _set_configs(model, {n: c for n, c in adapter_configs(model).items() if n != name})
     active = active_adapter(model)
     for layer_name, layer in lora_layers(model).items():
         if name in layer.lora_A:
             for table in (layer.lora_A, layer.lora_B, layer.scaling, layer.dropout):
                 del table[name]
-        layer.activate(active if active != name and active in layer.lora_A else None)
+        layer.activate(active if active not in (None, name) and active in layer.lora_A else None)
         if not len(layer.lora_A):
             model.set_submodule(layer_name, layer.base_layer)
 
@@ -244,7 +259,7 @@ def merge_and_unload(model: nn.Module, name: str | None = None) -> nn.Module:
         layer_name, layer = layers.popitem()
         base = layer.base_layer
         model.set_submodule(layer_name, layer.dense(layer.merged_weight(name)) if name in layer.lora_A else base)
-    model.adapter_configs = {}
+    _set_configs(model, {})
     return model
 
 
@@ -270,7 +285,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, name: str | None = N
     Each file is written whole or not at all; the safetensors metadata holds the fingerprint of the base.
     """
     name = _known(model, name)
-    config, base_model = model.adapter_configs[name], getattr(model, "name_or_path", None)
+    config, base_model = adapter_configs(model)[name], getattr(model, "name_or_path", None)
     write_adapter(path, config, adapter_parameters(model, name), base_fingerprint(model), base_model)
 
 
@@ -309,8 +324,7 @@ def load_adapter(
     _check_keys(path, expected, tensors)
 
     def ready(key: str, layer: nn.Module) -> Tensor:
-        weight = (layer.base_layer if isinstance(layer, LoraLinear) else layer).weight
-        device = weight.device if isinstance(weight, Tensor) else weight.packed.device
+        device = _device(layer.base_layer if isinstance(layer, LoraLinear) else layer)
         tensor = tensors[f"{PREFIX}{key}.weight"]
         return tensor.to(device, dtype or torch.promote_types(tensor.dtype, torch.float32))
 

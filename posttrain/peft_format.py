@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -81,7 +82,7 @@ def config_from_peft(content: dict, source: str | os.PathLike = CONFIG_FILE) -> 
 def write_adapter(
     path: str | os.PathLike,
     config: LoraConfig,
-    tensors: dict[str, Tensor],
+    tensors: Mapping[str, Tensor],
     fingerprint: str | None,
     base_model: str | None = None,
 ) -> None:
@@ -103,6 +104,6 @@ def read_adapter(path: str | os.PathLike) -> tuple[LoraConfig, dict[str, Tensor]
         content = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
     except ValueError as error:
         raise PosttrainError(f"{path / CONFIG_FILE} is not JSON in UTF-8: {error}") from error
-    with SafetensorsReader(path / WEIGHTS_FILE) as file:
-        tensors, metadata = {name: file.read(name) for name in file.entries}, file.metadata
+    with SafetensorsReader(path / WEIGHTS_FILE) as reader:
+        tensors, metadata = {name: reader.read(name) for name in reader.entries}, reader.metadata
     return config_from_peft(content, path / CONFIG_FILE), tensors, metadata.get(METADATA_KEY)

@@ -16,19 +16,20 @@ from torch.utils.checkpoint import checkpoint
 from .data import IGNORE_INDEX, Example, max_tokens
 from .errors import PosttrainError
 from .linear_cross_entropy import CHUNK, linear_cross_entropy
-from .lora import LoraConfig, active_adapter, attach, base_fingerprint, save_adapter
+from .lora import LoraConfig, active_adapter, adapter_configs, attach, base_fingerprint, save_adapter
+from .model.decoder import CausalLM
 from .packing import Batch, collate, pack
 from .trainer import TrainConfig, TrainResult, train
 
 
-def head_weight(model: nn.Module) -> Tensor | None:
+def head_weight(model: CausalLM) -> Tensor | None:
     """The head's weight (V, D) where that is all it is; None where it has an adapter, a bias, or 4 bits."""
     if model.config.tie_word_embeddings:
         return model.model.embed_tokens.weight
     return model.lm_head.weight if isinstance(model.lm_head, nn.Linear) and model.lm_head.bias is None else None
 
 
-def loss_sum(model: nn.Module, batch: Batch) -> Tensor:
+def loss_sum(model: CausalLM, batch: Batch) -> Tensor:
     """Sum of the next-token losses over the batch's labelled tokens (): the head sees those positions alone."""
     packed = batch.segment_ids is not None
     hidden = model.hidden(batch.input_ids, batch.position_ids if packed else None, batch.segment_ids)
@@ -43,7 +44,7 @@ def loss_sum(model: nn.Module, batch: Batch) -> Tensor:
     return torch.stack([checkpoint(_head_loss, model, h, y, use_reentrant=False) for h, y in parts]).sum()
 
 
-def _head_loss(model: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
+def _head_loss(model: CausalLM, hidden: Tensor, labels: Tensor) -> Tensor:
     return cross_entropy(model.head(hidden).float(), labels, reduction="sum")
 
 
@@ -56,7 +57,7 @@ def digest(examples: Sequence[Example]) -> str:
 
 
 def sft(
-    model: nn.Module,
+    model: CausalLM,
     examples: Sequence[Example],
     config: TrainConfig,
     lora: LoraConfig | None = None,
@@ -88,7 +89,8 @@ def sft(
         torch.manual_seed(config.seed)
         attach(model, lora)
     rows = pack(examples, max_length or longest) if packing else [[example] for example in examples]
-    adapter = model.adapter_configs[active_adapter(model)] if active_adapter(model) else None
+    name = active_adapter(model)
+    adapter = adapter_configs(model)[name] if name else None
     identity = {
         "data": digest(examples),
         "rows": [packing, max_length],

@@ -122,7 +122,7 @@ def train(
     model: nn.Module,
     data: Sequence[Any],
     collate: Callable[[list[Any]], Batch],
-    loss_sum: Callable[[nn.Module, Batch], Tensor],
+    loss_sum: Callable[[Any, Batch], Tensor],
     config: TrainConfig,
     *,
     resume: bool = False,
@@ -160,7 +160,7 @@ def train(
     was_training = model.training
     model.train()
     if hasattr(model, "activation_checkpointing"):
-        model.activation_checkpointing = config.activation_checkpointing
+        object.__setattr__(model, "activation_checkpointing", config.activation_checkpointing)
     began = time.perf_counter() - seconds
     with ProgressLine(total, first, quiet=quiet) as line:
         for step in range(first, total):
