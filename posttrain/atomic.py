@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import shutil
 import tempfile
@@ -45,12 +46,12 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
 def atomic_dir(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; on a clean exit it takes `path`'s place, on an error it is removed.
 
-    A folder already at `path` is moved aside first and deleted last, so that at every moment one whole copy exists.
+    A folder already at `path` changes places with it in one step where the system can (Linux); elsewhere it is moved
+    aside first, put back if that fails, and deleted last: at every moment one whole copy exists.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-    aside = temporary.with_suffix(".old")
     try:
         yield temporary
         for file in temporary.rglob("*"):
@@ -58,13 +59,27 @@ def atomic_dir(path: str | os.PathLike) -> Iterator[Path]:
                 with open(file, "rb+") as handle:
                     os.fsync(handle.fileno())
         os.chmod(temporary, 0o777 & ~_umask())
-        if path.exists():
+        if not path.exists():
+            os.rename(temporary, path)
+        elif not _exchange(temporary, path):
+            aside = temporary.with_suffix(".old")
             os.rename(path, aside)
-        os.rename(temporary, path)
+            try:
+                os.rename(temporary, path)
+            except OSError:
+                os.rename(aside, path)
+                raise
+            os.rename(aside, temporary)
         _sync_folder(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swap two names in one step; False where the system or the file system cannot."""
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
+    at_cwd, rename_exchange = -100, 2
+    return renameat2 is not None and renameat2(at_cwd, os.fsencode(a), at_cwd, os.fsencode(b), rename_exchange) == 0
 
 
 def _umask() -> int:

@@ -77,13 +77,39 @@ def test_full_disk_keeps_the_old_file(tmp_path):
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_dir_replaces_whole(tmp_path):
+@pytest.fixture(params=["exchange", "two renames"])
+def way(request, monkeypatch):
+    """Both ways in which a folder takes another's place: the second is for systems that cannot swap names."""
+    if request.param == "two renames":
+        monkeypatch.setattr("posttrain.atomic._exchange", lambda a, b: False)
+
+
+def test_dir_replaces_whole(tmp_path, way):
     target = tmp_path / "model"
     for names in (("a", "b"), ("b", "c")):
         with atomic_dir(target) as temporary:
             for name in names:
                 (temporary / name).write_text(name)
         assert sorted(p.name for p in target.iterdir()) == list(names)
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_dir_is_put_back_when_it_cannot_be_replaced(tmp_path, monkeypatch):
+    target = tmp_path / "model"
+    target.mkdir()
+    (target / "a").write_text("old")
+    rename = os.rename
+
+    def refuse(source, destination):
+        if str(source).endswith(".tmp"):
+            raise OSError("refused")
+        rename(source, destination)
+
+    monkeypatch.setattr("posttrain.atomic._exchange", lambda a, b: False)
+    monkeypatch.setattr("os.rename", refuse)
+    with pytest.raises(OSError, match="refused"), atomic_dir(target) as temporary:
+        (temporary / "a").write_text("new")
+    assert (target / "a").read_text() == "old"
     assert list(tmp_path.iterdir()) == [target]
 
 
