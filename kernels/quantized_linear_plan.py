@@ -10,8 +10,8 @@ it back in x's dtype, once, and then runs at the vendor GEMM's speed. With bytes
 
 The instruction counts are the emulator's (`make counters`). What I / 2, P / 2 and 0.8 P stand for is an assumption, not
 a measurement: kernels that decode between their products, and a vendor's GEMM. They put the crossing at M = 461 on an
-A100, 889 on an H100, 261 on a B200 and 743 on an MI300X. bitsandbytes, whose thresholds come from such GPUs,
-dequantizes above M = 1536 (256 on ROCm), on a B200 earlier, and for fp32 from M = 8; ours is 25 to 31 there.
+A100, 881 on an H100, 245 on a B200 and 743 on an MI300X. bitsandbytes, whose thresholds come from such GPUs,
+dequantizes above M = 1536 (256 on ROCm), on a B200 earlier, and for fp32 from M = 8; ours is 9 to 33 there.
 """
 
 from __future__ import annotations

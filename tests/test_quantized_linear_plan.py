@@ -54,3 +54,11 @@ def test_a_plan_can_always_be_launched(M, N, K, target, dtype):
     if split_k > 1:  # no part is shorter than a program's step, nor empty
         assert kernel != "dequantize" and K >= split_k * {"decode": 1024, "gemm": 256}[kernel]
         assert 8 * M * split_k <= 0.516 * K  # partial sums move no more bytes than the weight
+
+
+def test_crossings_are_those_the_docstring_states():
+    def crossing(dtype, target):
+        return next(M for M in range(1, 4096) if plan(M, 4096, 4096, dtype, target).kernel == "dequantize")
+
+    assert [crossing(torch.bfloat16, target) for target in TARGETS] == [461, 881, 245, 743]
+    assert [crossing(torch.float32, target) for target in TARGETS] == [30, 18, 9, 33]
