@@ -25,6 +25,14 @@ def isa(request):
     native.set_isa(before)
 
 
+@pytest.fixture(params=[level for level in LEVELS if level not in ("avx512_bf16", "amx")])
+def engine(request):
+    """The levels that differ in more than their bfloat16 products."""
+    before = native.ISA
+    yield native.set_isa(request.param)
+    native.set_isa(before)
+
+
 def bits(x: torch.Tensor) -> torch.Tensor:
     """The bytes of x, every NaN made the same one: which NaN arithmetic returns is the machine's affair."""
     x = torch.where(x.isnan(), torch.full_like(x, torch.nan), x)
@@ -70,12 +78,10 @@ class Errors:
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    "shape", [(0,), (1,), (2,), (63,), (64,), (65,), (127,), (129, 3), (7, 96), (4, 5, 33), (300, 1000)]
-)
-def test_bytes_equal_the_pytorch_engine(isa, shape, dtype, quant_type):
-    for block_size in (32, 64, 4096):
-        assert_same_quantization(torch.randn(shape).to(dtype), block_size, quant_type)
+def test_bytes_equal_the_pytorch_engine(engine, dtype, quant_type):
+    for shape in ((0,), (1,), (2,), (63,), (64,), (65,), (127,), (129, 3), (7, 96), (4, 5, 33), (130, 1000)):
+        for block_size in (32, 64, 4096):
+            assert_same_quantization(torch.randn(shape).to(dtype), block_size, quant_type)
 
 
 @given(
@@ -99,7 +105,7 @@ def test_bytes_equal_on_extreme_values(n, block_size, dtype, quant_type, scale, 
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
-def test_ties_and_their_neighbours(isa, quant_type):
+def test_ties_and_their_neighbours(engine, quant_type):
     from posttrain.kernels import codebooks
 
     thresholds = codebooks.NF4_THRESHOLDS if quant_type == "nf4" else codebooks.FP4_THRESHOLDS
@@ -112,7 +118,7 @@ def test_ties_and_their_neighbours(isa, quant_type):
     assert_same_quantization(blocks, 32, quant_type)
 
 
-def test_every_byte_decodes(isa):
+def test_every_byte_decodes(engine):
     packed = torch.arange(256, dtype=torch.uint8)
     for quant_type in ("nf4", "fp4"):
         for absmax in (0.0, 1.0, 1e-7, 3e-39, 1e5, 7e4, 1e38, float("inf"), float("nan")):
@@ -121,7 +127,7 @@ def test_every_byte_decodes(isa):
                 assert torch.equal(bits(native.dequantize_4bit(*arguments)), bits(pytorch.dequantize_4bit(*arguments)))
 
 
-def test_rounding_of_every_fp16_and_bf16_neighbourhood(isa):
+def test_rounding_of_every_fp16_and_bf16_neighbourhood(engine):
     """absmax sweeps the exponents, so the products land on both sides of rounding boundaries, subnormals included."""
     exponents = torch.arange(-149, 128)
     absmax = torch.ldexp(1 + torch.rand(len(exponents)), exponents)
@@ -132,7 +138,7 @@ def test_rounding_of_every_fp16_and_bf16_neighbourhood(isa):
 
 
 @pytest.mark.parametrize("n", [0, 1, 255, 256, 257, 5000])
-def test_double_quantization_bytes(isa, n):
+def test_double_quantization_bytes(engine, n):
     for absmax in (torch.rand(n) + 1, torch.randn(n).mul(3).exp(), torch.zeros(n)):
         got, expected = native.double_quantize(absmax, 256), pytorch.double_quantize(absmax, 256)
         for a, b in zip(got, expected, strict=True):
@@ -143,16 +149,21 @@ def test_double_quantization_bytes(isa, n):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_nested_absmax_is_decoded_inside(isa, dtype):
+def test_nested_absmax_is_decoded_inside(engine, dtype):
     tensors = weight(97, 333)
     arguments = (*tensors, (97, 333), dtype, 64, "nf4")
     assert torch.equal(native.dequantize_4bit(*arguments), pytorch.dequantize_4bit(*arguments))
 
 
-SHAPES = [(1, 1), (3, 64), (17, 65), (40, 320), (33, 96), (64, 128), (70, 1100), (31, 2048), (1030, 64)]
+SHAPES = [(1, 1), (3, 64), (17, 65), (40, 320), (33, 96), (64, 128), (70, 1100), (31, 1024), (530, 64)]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+# the two highest levels differ from avx512 in their bfloat16 products alone
+ONLY_BF16 = ("avx512_bf16", "amx")
+PRODUCTS = [(level, dtype) for level in LEVELS for dtype in DTYPES if dtype == torch.bfloat16 or level not in ONLY_BF16]
+
+
+@pytest.mark.parametrize("isa, dtype", PRODUCTS, indirect=["isa"])
 @pytest.mark.parametrize("block_size, quant_type, nested", [(64, "nf4", True), (32, "fp4", False), (256, "nf4", True)])
 def test_linear_and_dx_against_float64(isa, block_size, quant_type, nested, dtype):
     forward, backward = Errors(), Errors()
@@ -161,7 +172,7 @@ def test_linear_and_dx_against_float64(isa, block_size, quant_type, nested, dtyp
         rest = (N, K, block_size, quant_type)
         w = pytorch.dequantize_4bit(*tensors, (N, K), dtype, block_size, quant_type)
         exact = w.double()
-        for M in (1, 2, 5, 17, 33, 64, 65, 140):
+        for M in (1, 2, 17, 33, 65):
             x, bias, dy = torch.randn(M, K).to(dtype), torch.randn(N).to(dtype), torch.randn(M, N).to(dtype)
             y = native.linear_4bit(x, *tensors, bias, *rest)
             forward.add(y, F.linear(x, w, bias), F.linear(x.double(), exact, bias.double()))
@@ -218,7 +229,7 @@ def test_isa_can_be_held_from_the_environment():
 
 @pytest.mark.peers
 @pytest.mark.parametrize("shape", [(64, 64), (129, 64), (5, 333), (1000,), (1, 63), (33, 128)])
-def test_nf4_bytes_equal_bitsandbytes(isa, shape):
+def test_nf4_bytes_equal_bitsandbytes(engine, shape):
     functional = pytest.importorskip("bitsandbytes.functional")
     for dtype in DTYPES:
         x = torch.randn(shape).to(dtype)

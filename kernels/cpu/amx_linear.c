@@ -74,10 +74,12 @@ static inline void decode_rows(const linear_args *a, const float *absmax, int64_
     }
 }
 
-/* sums (tiles 0..3: rows 0..15 and 16..31 of W by one or two tiles of x) += the tile of W times x over `steps` of 32 columns. */
+/* sums (tiles 0..3: rows 0..15 and 16..31 of W by one or two tiles of x) += the tile of W times x over `steps` of 32 columns; steps
+ * are a multiple of 4. A tile product waits for the one before on the same sums: with one tile of x, tiles 2 and 3 take every
+ * other step of it, and add_halves adds them up in the end. */
 static inline void multiply(const uint16_t *w, int64_t stride, const uint32_t *x0, const uint32_t *x1, int columns, int64_t steps,
                             int both) {
-    for (int64_t s = 0; s < steps; s++) {
+    for (int64_t s = 0; s < steps; s += both ? 1 : 2) {
         _tile_loadd(4, w + 32 * s, stride * 2);
         _tile_loadd(5, w + 16 * stride + 32 * s, stride * 2);
         _tile_loadd(6, x0 + 16 * s * columns, 4 * columns);
@@ -87,8 +89,17 @@ static inline void multiply(const uint16_t *w, int64_t stride, const uint32_t *x
             _tile_loadd(7, x1 + 16 * s * columns, 4 * columns);
             _tile_dpbf16ps(2, 4, 7);
             _tile_dpbf16ps(3, 5, 7);
+        } else {
+            _tile_loadd(4, w + 32 * (s + 1), stride * 2);
+            _tile_loadd(5, w + 16 * stride + 32 * (s + 1), stride * 2);
+            _tile_loadd(7, x0 + 16 * (s + 1) * columns, 4 * columns);
+            _tile_dpbf16ps(2, 4, 7);
+            _tile_dpbf16ps(3, 5, 7);
         }
     }
+}
+static inline void add_halves(float *sums) {
+    for (int i = 0; i < 512; i++) sums[i] += sums[512 + i];
 }
 
 static inline void zero_sums(void) {
@@ -169,13 +180,16 @@ static void amx_task(void *context, int64_t thread, int64_t threads) {
             }
         }
         if (pairs == 1) store_sums(sums, j->columns);
-        for (int64_t p = 0; p < pairs; p++)
+        for (int64_t p = 0; p < pairs; p++) {
+            if (p * 32 + 16 >= a->M)
+                for (int64_t i = 0; i < here; i++) add_halves(sums + (p * stripes + i) * 1024);
             for (int64_t q = 0; q < 4 * here; q++) { /* a quarter of four: W's half q % 2, x's tile q / 2 % 2 */
                 int64_t from = q / 4 * ROWS + q % 2 * 16, m = p * 32 + q / 2 % 2 * 16;
                 if (m < a->M && from < rows)
                     write_outputs(a, sums + (p * stripes + q / 4) * 1024 + q % 4 * 256, j->columns, n + from, m,
                                   a->M - m < 16 ? a->M - m : 16, rows - from < 16 ? rows - from : 16);
             }
+        }
     }
     _tile_release();
 }

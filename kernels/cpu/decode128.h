@@ -1,6 +1,6 @@
 /* 128 weights of bfloat16 decoded in registers, in an order that costs nothing (AVX-512 BF16).
  *
- * A 64-byte load holds 32 words of four nibbles. Shifted by 0, 4, 8 or 12 bits, the low nibble of every word is a code, so
+ * A 64-byte load holds 32 words of four nibbles. Shifted by 4, 0, 12 or 8 bits, the low nibble of every word is a code, so
  * vector j holds elements 4 * i + j at word i: no shuffle. Products take x in the same order (order128). The words 0..15 and
  * 16..31 may belong to two blocks: vpermw reads a table of 32 words, block 0's sixteen values and block 1's. */
 #ifndef POSTTRAIN_DECODE128_H
@@ -9,13 +9,17 @@
 #include "simd_avx512.h"
 
 static inline void decode128(const float *values, __m512i bytes, float absmax0, float absmax1, __m512i *out) {
-    const __m512i code = _mm512_set1_epi16(15);
-    const __m512i half = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
+    const __m512i code = _mm512_set1_epi8(15);
+    const __m512i half = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi8(16), 1);
     __m512 v = _mm512_loadu_ps(values);
     __m512i table = (__m512i)_mm512_cvtne2ps_pbh(_mm512_mul_ps(v, _mm512_set1_ps(absmax1)), _mm512_mul_ps(v, _mm512_set1_ps(absmax0)));
-    __m512i nibbles[4] = {_mm512_srli_epi16(bytes, 4), bytes, _mm512_srli_epi16(bytes, 12), _mm512_srli_epi16(bytes, 8)};
-    for (int j = 0; j < 4; j++) /* 0xea: (a & b) | c */
-        out[j] = _mm512_permutexvar_epi16(_mm512_ternarylogic_epi32(nibbles[j], code, half, 0xea), table);
+    /* 0xea: (a & b) | c. Both bytes of a word become indices at once, the upper one moved down by a shift. */
+    __m512i odd = _mm512_ternarylogic_epi32(bytes, code, half, 0xea);
+    __m512i even = _mm512_ternarylogic_epi32(_mm512_srli_epi16(bytes, 4), code, half, 0xea);
+    out[0] = _mm512_permutexvar_epi16(even, table);
+    out[1] = _mm512_permutexvar_epi16(odd, table);
+    out[2] = _mm512_permutexvar_epi16(_mm512_srli_epi16(even, 8), table);
+    out[3] = _mm512_permutexvar_epi16(_mm512_srli_epi16(odd, 8), table);
 }
 
 /* Whether rows of this weight are whole groups of 128 elements, the last one possibly half, with at most two blocks in each. */

@@ -1,7 +1,8 @@
 /* x W^T for one to four rows of bfloat16 with vdpbf16ps: the weight is decoded in registers and never written anywhere.
  *
- * Bytes: the packed weight once. Per 128 weights the two vector ports execute 7 operations for the indices, 4 table look-ups,
- * 5 for the table and 4 M dot products: at M = 1 ten cycles, which is what limits it while the weight is in the cache. */
+ * Bytes: the packed weight once. Per 128 weights the two vector ports execute 5 operations for the indices, 4 table look-ups,
+ * 5 for the table and 4 M dot products, which take two cycles each on one of the ports: that, not the memory, limits it while the
+ * weight is in the cache. */
 #include "native.h"
 
 #if defined(__x86_64__)

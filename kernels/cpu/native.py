@@ -33,7 +33,7 @@ _SIGNATURES = {
 _SERIAL_WEIGHTS = 1 << 16
 # Up to so many rows the product is computed from the packed weight, tile by tile in the cache; beyond, the weight is dequantized
 # into memory that is used again, and torch's GEMM does the rest. AMX keeps up with torch's GEMM for longer.
-_FUSED_ROWS, _FUSED_ROWS_AMX, _FUSED_ROWS_AMX_DX = 64, 256, 128
+_FUSED_ROWS, _FUSED_ROWS_AMX = 64, 256
 # The memory for a dequantized weight is kept for the next one up to this size: fresh memory would cost more in page faults
 # than the dequantization itself.
 _KEPT_BYTES = 64 << 20
@@ -217,7 +217,7 @@ def linear_4bit_dx(
 ) -> Tensor:
     """dy (M, N) times the weight (N, K), in dy's dtype: (M, K)."""
     M = dy.shape[0]
-    if M > (_FUSED_ROWS_AMX_DX if _amx_takes(dy.dtype, K, block_size) else _FUSED_ROWS):
+    if M > (_FUSED_ROWS_AMX if _amx_takes(dy.dtype, K, block_size) else _FUSED_ROWS):
         tensors = (packed, absmax, nested_absmax, nested_offset, nested_block_size)
         w = _dequantized(tensors, (N, K), dy.dtype, block_size, quant_type)
         return dy @ w
