@@ -22,8 +22,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from posttrain.model.decoder import CausalLM
 from posttrain.model.generate import generate
 from posttrain.model.kv_cache import KVCache
+from posttrain.model.tokenizer import Tokenizer
 from posttrain.statistics import wilson_interval
 
 Progress = Callable[[int, int], None]  # called with (items done, items in all)
@@ -85,7 +87,7 @@ class Perplexity:
 
 
 @contextlib.contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+def _evaluating(model: CausalLM) -> Iterator[None]:
     """Dropout off and no autograd; the training flag is put back afterwards."""
     was_training = model.training
     model.eval()
@@ -97,7 +99,7 @@ def _evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 
 def choice_accuracy(
-    model: torch.nn.Module,
+    model: CausalLM,
     items: Sequence[ChoiceItem],
     tokens_per_batch: int = 2048,
     progress: Progress | None = None,
@@ -119,7 +121,7 @@ def choice_accuracy(
 
 
 def choice_logprobs(
-    model: torch.nn.Module,
+    model: CausalLM,
     items: Sequence[ChoiceItem],
     tokens_per_batch: int = 2048,
     progress: Progress | None = None,
@@ -141,8 +143,8 @@ def choice_logprobs(
 
 
 def generation_accuracy(
-    model: torch.nn.Module,
-    tokenizer,
+    model: CausalLM,
+    tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]],
     answers: Sequence[str],
     max_new_tokens: int = 16,
@@ -154,7 +156,7 @@ def generation_accuracy(
 
     match: "exact", or "prefix" (the text starts with the answer), or "contains". Generation stops at tokenizer.eos_id.
     """
-    matches = {"exact": str.__eq__, "prefix": str.startswith, "contains": str.__contains__}
+    matches: dict[str, Callable[[str, str], bool]] = {"exact": str.__eq__, "prefix": str.startswith, "contains": str.__contains__}
     if match not in matches:
         raise ValueError(f"match is one of {', '.join(matches)}, given {match!r}")
     if len(prompts) != len(answers) or not prompts:
@@ -177,7 +179,7 @@ def generation_accuracy(
 
 
 def perplexity(
-    model: torch.nn.Module,
+    model: CausalLM,
     input_ids: Sequence[int],
     window: int | None = None,
     stride: int | None = None,
@@ -212,7 +214,7 @@ def perplexity(
     return Perplexity(nll, len(ids) - 1, window, stride)
 
 
-def _check_items(model: torch.nn.Module, items: Sequence[ChoiceItem]) -> None:
+def _check_items(model: CausalLM, items: Sequence[ChoiceItem]) -> None:
     if not items:
         raise ValueError("nothing to evaluate: the list of items is empty")
     context = model.config.context_length
@@ -230,7 +232,7 @@ def _shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
     """Tokens that all prompts begin with, leaving at least one token to each; 0 where a cache does not pay."""
     if len(prompts) < 2:
         return 0
-    first, last = min(prompts), max(prompts)  # in dictionary order: what these two share, all share
+    first, last = min(map(list, prompts)), max(map(list, prompts))  # in dictionary order: what these two share, all share
     same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
     shared = min(sum(1 for _ in same), min(map(len, prompts)) - 1)
     return shared if shared >= _MIN_SHARED else 0
@@ -256,7 +258,7 @@ def _batches(items: Sequence[ChoiceItem], shared: int, tokens_per_batch: int) ->
     yield batch
 
 
-def _prefill(model: torch.nn.Module, items: Sequence[ChoiceItem], shared: int) -> KVCache:
+def _prefill(model: CausalLM, items: Sequence[ChoiceItem], shared: int) -> KVCache:
     """A cache of one row with the shared prefix, and room for the longest item after it."""
     capacity = max(len(item.prompt) + max(map(len, item.choices)) for item in items)
     cache = KVCache(model.config, 1, capacity, _dtype(model), _device(model))
@@ -265,7 +267,7 @@ def _prefill(model: torch.nn.Module, items: Sequence[ChoiceItem], shared: int) -
 
 
 def _score_batch(
-    model: torch.nn.Module, items: Sequence[ChoiceItem], shared: int, prefix: KVCache | None
+    model: CausalLM, items: Sequence[ChoiceItem], shared: int, prefix: KVCache | None
 ) -> list[list[float]]:
     """log-probabilities (rows, choices). First tokens are read off the prompts' last positions, the rest continue."""
     device, rows = _device(model), len(items)
@@ -290,6 +292,7 @@ def _score_batch(
         tails = [item.choices[j] if j < len(item.choices) else () for item in items]
         wanted = [(row, t) for row, tail in enumerate(tails) for t in range(len(tail) - 1)]
         if wanted:
+            assert cache is not None  # there is one where any choice has a second token
             cache.length = shared + longest
             hidden = model.hidden(_right_padded([tail[:-1] for tail in tails], device), cache=cache)
             picked = hidden[tuple(torch.tensor(wanted, device=device).T)]
@@ -300,20 +303,20 @@ def _score_batch(
 
 
 def _token_logprobs(
-    model: torch.nn.Module, hidden: Tensor, labels: Sequence[int] | Tensor, owners: Sequence[int] | None = None
+    model: CausalLM, hidden: Tensor, labels: Sequence[int] | Tensor, owners: Sequence[int] | None = None
 ) -> list[float]:
     """log p(labels[i] | hidden[owners[i]]); hidden (M, D), owners non-decreasing, default 0..M-1.
 
     Softmax in float32 over the logits of _HEAD_ROWS positions at a time.
     """
-    labels = torch.as_tensor(labels, device=hidden.device)
-    owners = torch.as_tensor(range(len(labels)) if owners is None else owners, device=hidden.device)
+    wanted = torch.as_tensor(labels, device=hidden.device)
+    owner = torch.as_tensor(range(len(labels)) if owners is None else owners, device=hidden.device)
     parts = []
     for start in range(0, len(hidden), _HEAD_ROWS):
         logits = model.head(hidden[start : start + _HEAD_ROWS]).float()
-        mine = (owners >= start) & (owners < start + _HEAD_ROWS)
-        rows = owners[mine] - start
-        parts.append(logits[rows, labels[mine]].double() - logits.logsumexp(-1)[rows].double())
+        mine = (owner >= start) & (owner < start + _HEAD_ROWS)
+        rows = owner[mine] - start
+        parts.append(logits[rows, wanted[mine]].double() - logits.logsumexp(-1)[rows].double())
     return torch.cat(parts).tolist()
 
 
@@ -323,9 +326,9 @@ def _right_padded(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor
     return torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=device)
 
 
-def _device(model: torch.nn.Module) -> torch.device:
+def _device(model: CausalLM) -> torch.device:
     return next(model.parameters()).device
 
 
-def _dtype(model: torch.nn.Module) -> torch.dtype:
+def _dtype(model: CausalLM) -> torch.dtype:
     return model.model.embed_tokens.weight.dtype
