@@ -180,10 +180,12 @@ def rows_per_warp(tile_m: int) -> int:
 
 
 def aot_variants() -> Iterator[Variant]:
-    """Every tile; every dtype, nested and plain absmax, whole sums and parts of K, though not all of their combinations."""
+    """Every tile and dtype that the plan can choose (16-bit x of more than one row goes to the GEMM), nested and plain absmax,
+    whole sums and parts of K, though not all of their combinations."""
     pointers = ("x", "packed", "absmax", "dynamic_map", "nested_absmax", "nested_offset", "values", "bias", "y")
     for tile_m in ROW_TILES:
-        for dtype, nested, split_k in (("bf16", True, 1), ("fp16", False, 4), ("fp32", True, 1)):
+        halves = (("bf16", True, 1), ("bf16", True, 4), ("fp16", False, 1), ("fp16", False, 4))
+        for dtype, nested, split_k in (("fp32", True, 1), ("fp32", False, 4), *(halves if tile_m == 1 else ())):
             types = dict.fromkeys(pointers, "*fp32") | {"x": f"*{dtype}", "packed": "*u8", "bias": f"*{dtype}"}
             types |= {"absmax": "*u8" if nested else "*fp32", "y": f"*{dtype}" if split_k == 1 else "*fp32"}
             signature = {f"{name}_ptr": types[name] for name in pointers}
