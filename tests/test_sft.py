@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -91,7 +92,7 @@ def undisturbed(tmp_path_factory):
 def test_killed_and_resumed_ends_in_the_same_bits(tmp_path, undisturbed, where, number, left):
     tests = Path(__file__).parent
     command = [sys.executable, str(tests / "small_run.py"), str(tmp_path), where, str(number)]
-    ended = subprocess.run(command, cwd=tests.parent, capture_output=True, text=True)
+    ended = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(tests)}, capture_output=True, text=True)
     assert ended.returncode == -signal.SIGKILL, ended.stderr
     found = [p.name for p in sorted(tmp_path.glob("checkpoint-*"))]
     assert found[-1:] == ([f"checkpoint-{left}"] if left else [])
