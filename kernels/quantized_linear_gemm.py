@@ -15,12 +15,14 @@ the fragment: weights pass through no shared memory but the pipeline's. That fix
 of k; a sum over k does not care, so x is loaded with its columns permuted in the same way (`columns` below). K_WIDTH is the
 number of consecutive k a lane holds in a fragment: 8 for mma.sync (x then comes in longer pieces), 2 for wgmma. Where a
 compiler wants another fragment (AMD), it moves the weights through shared memory by itself; results stay right.
+For 64 rows of x that would take 32 sums a lane, 128 registers and three quarters of the SM's warp slots. There twice the warps
+share a tile (SHARED): each decodes 16 weights a lane, and they pass through shared memory to be read as fragments by several.
 
 Least bytes: those of `quantized_linear_decode`, with x read once for each column of programs.
 Least instructions per weight of a tile of BLOCK_M rows, a lane's: cut out the code 1, look it up 1, multiply 1, convert 1/2;
 one MMA (16 x 8 x 16) for every 256 weights and 8 rows of x. M = 16: 3.5 / 32 + 2 / 256 = 0.117 warp instructions; M = 64: 0.141.
-Measured in the emulator at 4096 x 4096, sm_80: 0.172 (M = 16) and 0.239 (M = 64), no bank conflict; absmax, addresses and x are
-the rest. At M = 64 the 32 sums a lane holds take registers that leave 4 programs to an SM, a quarter of its warp slots.
+Measured in the emulator at 4096 x 4096: 0.172 (M = 16) and 0.239 (M = 64) on sm_80, without a bank conflict, half of the warp
+slots filled; absmax, addresses and x are the rest. On sm_90 0.19 (packed words conflict, 1.65) and 0.311, half filled too.
 Oracle: reference/quantized_linear.py.
 """
 
@@ -40,11 +42,8 @@ from ._triton import backend, on_device_of, tl, triton
 from ._variant import Variant
 from .quantized_linear_decode import split4
 
-WARPS = 4
-BLOCK_N = 16 * WARPS
-NUM_STAGES = 2
+BLOCK_N = 64
 TILES = (16, 32, 64)  # rows of x that share one decoding of W
-BLOCK_K = tl.constexpr(128)
 
 
 @triton.jit
@@ -54,16 +53,33 @@ def _join8(v):
     return tl.join(first, tl.join(tl.join(v[4], v[5]), tl.join(v[6], v[7])))
 
 
+@triton.jit
+def _decode8(table, words, absmax, j: tl.constexpr, ROWS: tl.constexpr, dtype: tl.constexpr):
+    """Word j of each of a lane's ROWS rows -> dtype (WARPS, 32[, ROWS if 2], 2, 2, 2), `_join8` of its elements."""
+    weights = ()
+    for e in tl.static_range(8):  # element e of a word: byte e // 2, the high nibble first
+        w = tl.gather(table, (words[0][j] >> (e // 2 * 8 + 4 - 4 * (e % 2))) & 15, 1) * absmax[0]
+        if ROWS == 2:
+            w = tl.join(w, tl.gather(table, (words[1][j] >> (e // 2 * 8 + 4 - 4 * (e % 2))) & 15, 1) * absmax[1])
+        weights = weights + (w.to(dtype),)
+    return _join8(weights)
+
+
 @triton.jit(do_not_specialize=["M", "tiles_per_part", "block_shift"])
 def _quantized_linear_gemm_kernel(
     x_ptr, packed_ptr, absmax_ptr, dynamic_map_ptr, nested_absmax_ptr, nested_offset_ptr, values_ptr, bias_ptr, y_ptr,
     M, N, K, stride_xm, tiles_per_part, block_shift,
     NESTED_BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT_K: tl.constexpr, EVEN_K: tl.constexpr,
-    BLOCK_M: tl.constexpr, TILES_M: tl.constexpr, K_WIDTH: tl.constexpr, WARPS: tl.constexpr,
+    BLOCK_M: tl.constexpr, TILES_M: tl.constexpr, K_WIDTH: tl.constexpr,
+    WARPS: tl.constexpr, SHARED: tl.constexpr, OPAQUE: tl.constexpr,
 ):  # fmt: skip
-    # One program owns 16 WARPS rows of W, TILES_M tiles of BLOCK_M rows of x and one of SPLIT_K parts of K.
-    # y is (M, N), or float32 partial sums (SPLIT_K, M, N).
-    BLOCK_N: tl.constexpr = 16 * WARPS
+    # One program owns BLOCK_N rows of W, TILES_M tiles of BLOCK_M rows of x and one of SPLIT_K parts of K.
+    # y is (M, N), or float32 partial sums (SPLIT_K, M, N). A lane holds ROWS rows' WORDS words of eight weights.
+    ROWS: tl.constexpr = 1 if SHARED else 2
+    WORDS: tl.constexpr = 2 if SHARED else 4
+    BLOCK_N: tl.constexpr = 8 * ROWS * WARPS
+    BLOCK_K: tl.constexpr = 32 * WORDS
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
     warp = tl.arange(0, WARPS)[:, None]
     lane = tl.arange(0, 32)[None, :]
     table = tl.load(values_ptr + lane % 16 + warp * 0)
@@ -75,55 +91,67 @@ def _quantized_linear_gemm_kernel(
     begin = tl.program_id(2) * tiles_per_part * 128
     end = tl.minimum(begin + tiles_per_part * 128, K)
 
-    # element u of group s of lane q's word sits in column (s, q, u) of a 32-column slice; k lies 32 q further for lane q
-    column = tl.arange(0, 32)
-    columns = column // K_WIDTH % 4 * 32 + column // (4 * K_WIDTH) * K_WIDTH + column % K_WIDTH
-    columns = tl.max_contiguous(tl.multiple_of(columns, K_WIDTH), K_WIDTH)
+    if SHARED:
+        columns = tl.arange(0, BLOCK_K)
+    else:
+        # element u of group s of lane q's word sits in column (s, q, u) of a 32-column slice; k lies 32 q further for lane q
+        column = tl.arange(0, 32)
+        columns = column // K_WIDTH % 4 * 32 + column // (4 * K_WIDTH) * K_WIDTH + column % K_WIDTH
+        columns = tl.max_contiguous(tl.multiple_of(columns, K_WIDTH), K_WIDTH)
     rows_x = tl.arange(0, BLOCK_M)
     offs_x = rows_x[:, None] * stride_xm + columns[None, :]
     acc = ()
     for _ in tl.static_range(TILES_M):
         acc = acc + (tl.zeros((BLOCK_N, BLOCK_M), tl.float32),)
     for k0 in range(begin, end, BLOCK_K):
-        c = k0 // 32 + lane % 4
+        c = k0 // 32 + lane % 4 * WORDS // 4
         inside = c < chunks
         if not EVEN_K:
             c = tl.minimum(c, chunks - 1)
         words = ()
         absmax = ()
-        for i in tl.static_range(2):
+        for i in tl.static_range(ROWS):
             # rows past N repeat the last one; nothing of theirs is stored
-            n = tl.minimum(n0 + warp * 16 + i * 8 + lane // 4, N - 1)
+            n = tl.minimum(n0 + (warp * ROWS + i) * 8 + lane // 4, N - 1)
             chunk = n * chunks + c  # below 2^31: `plan` sends 2^36 weights elsewhere
-            word = tl.load(word_ptr + (chunk.to(tl.int64) * 4)[:, :, None] + tl.arange(0, 4)[None, None, :])
-            words = words + (split4(word, WARPS, 32),)
+            first = chunk.to(tl.int64) * 4 + lane % 4 * WORDS % 4
+            word = tl.load(word_ptr + first[:, :, None] + tl.arange(0, WORDS)[None, None, :])
+            words = words + (word.split() if SHARED else split4(word, WARPS, 32),)
             scale = decode_absmax(
                 absmax_ptr, chunk.to(tl.uint32) >> block_shift, everywhere,
                 dynamic_map_ptr, nested_absmax_ptr, nested_offset_ptr, NESTED_BLOCK,
             )  # fmt: skip
             absmax = absmax + (scale if EVEN_K else tl.where(inside, scale, 0.0),)
-        for j in tl.static_range(4):
-            weights = ()
-            for e in tl.static_range(8):  # element e of a word: byte e // 2, the high nibble first
-                upper = tl.gather(table, (words[0][j] >> (e // 2 * 8 + 4 - 4 * (e % 2))) & 15, 1) * absmax[0]
-                lower = tl.gather(table, (words[1][j] >> (e // 2 * 8 + 4 - 4 * (e % 2))) & 15, 1) * absmax[1]
-                weights = weights + (tl.join(upper, lower).to(x_ptr.dtype.element_ty),)
-            # axes: warp, row a, chunk q, half i, element e bit by bit (lowest first) -> (warp, i, a) by (s, q, u)
-            w = _join8(weights).reshape(WARPS, 8, 4, 2, 2, 2, 2)
-            if K_WIDTH == 8:
-                w = w.permute(0, 3, 1, 2, 6, 5, 4)
-            else:
-                w = w.permute(0, 3, 1, 6, 5, 2, 4)
-            w = w.reshape(BLOCK_N, 32)
-            k = k0 + 8 * j
-            sums = ()
-            for t in tl.static_range(TILES_M):
-                mask = rows_x[:, None] < M - m0 - t * BLOCK_M
-                if not EVEN_K:
-                    mask = mask & (columns < K - k)[None, :]
-                x = tl.load(x_ptr + ((m0 + t * BLOCK_M).to(tl.int64) * stride_xm + k) + offs_x, mask=mask, other=0.0)
-                sums = sums + (tl.dot(w, tl.trans(x), acc[t], input_precision="ieee"),)
-            acc = sums
+        if SHARED:
+            even = _decode8(table, words, absmax, 0, ROWS, dtype)
+            odd = _decode8(table, words, absmax, 1, ROWS, dtype)
+            # axes: warp, lane (row, q), element e bit by bit (lowest first), word -> (warp, row) by (q, word, e)
+            w = tl.join(even, odd).permute(0, 1, 5, 4, 3, 2).reshape(BLOCK_N, BLOCK_K)
+            if OPAQUE and x_ptr.dtype.element_ty.primitive_bitwidth == 16:
+                w = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [w], dtype=w.dtype, is_pure=False, pack=2)
+            mask = rows_x[:, None] < M - m0
+            if not EVEN_K:
+                mask = mask & (columns < K - k0)[None, :]
+            x = tl.load(x_ptr + (m0.to(tl.int64) * stride_xm + k0) + offs_x, mask=mask, other=0.0)
+            acc = (tl.dot(w, tl.trans(x), acc[0], input_precision="ieee"),)
+        else:
+            for j in tl.static_range(WORDS):
+                # axes: warp, row a, chunk q, half i, element e bit by bit (lowest first) -> (warp, i, a) by (s, q, u)
+                w = _decode8(table, words, absmax, j, ROWS, dtype).reshape(WARPS, 8, 4, 2, 2, 2, 2)
+                if K_WIDTH == 8:
+                    w = w.permute(0, 3, 1, 2, 6, 5, 4)
+                else:
+                    w = w.permute(0, 3, 1, 6, 5, 2, 4)
+                w = w.reshape(BLOCK_N, 32)
+                k = k0 + 8 * j
+                sums = ()
+                for t in tl.static_range(TILES_M):
+                    mask = rows_x[:, None] < M - m0 - t * BLOCK_M
+                    if not EVEN_K:
+                        mask = mask & (columns < K - k)[None, :]
+                    x = tl.load(x_ptr + ((m0 + t * BLOCK_M).to(tl.int64) * stride_xm + k) + offs_x, mask=mask, other=0.0)
+                    sums = sums + (tl.dot(w, tl.trans(x), acc[t], input_precision="ieee"),)
+                acc = sums
 
     offs_n = n0 + tl.arange(0, BLOCK_N)
     for j in tl.static_range(TILES_M):
@@ -140,16 +168,23 @@ def gemm_tile(M: int, backend_name: str, arch: int | str) -> tuple[dict[str, int
     """The kernel's tile for M rows, and the compiler's options.
 
     mma.sync lays four warps along W's rows only for tiles of 16 rows of x, so a program takes several; wgmma and tcgen05 take
-    up to 64 at once, wgmma in fragments of two consecutive k. Held to 128 registers, four programs fit on an SM, and nothing
-    spills.
+    more at once, wgmma in fragments of two consecutive k. 64 rows are shared by eight warps on NVIDIA; held to 64 registers,
+    half of the warp slots fill and nothing spills. For mma.sync that takes two more things: no pipeline's addresses, and weights
+    whose origin the compiler does not see (OPAQUE), since for operands loaded as bytes it chooses long fragments, all live at once.
     """
     rows = next((r for r in TILES if M <= r), TILES[-1])
-    options: dict[str, int | bool] = {"enable_fp_fusion": False}
+    options: dict[str, int | bool] = {"enable_fp_fusion": False, "num_warps": 4, "num_stages": 2}
+    tile = {"BLOCK_M": rows, "TILES_M": 1, "K_WIDTH": 8, "WARPS": 4, "SHARED": False, "OPAQUE": False}
+    generation = arch // 10 if isinstance(arch, int) else 0  # 9: wgmma, 10 and 11: tcgen05
+    small = generation not in (9, 10, 11)
     if backend_name == "cuda" and rows == 64:
-        options["maxnreg"] = 128
-    if backend_name == "cuda" and isinstance(arch, int) and 90 <= arch < 120:
-        return {"BLOCK_M": rows, "TILES_M": 1, "K_WIDTH": 2 if arch < 100 else 8}, options
-    return {"BLOCK_M": 16, "TILES_M": rows // 16, "K_WIDTH": 8}, options
+        tile |= {"WARPS": 8, "SHARED": True, "OPAQUE": small}
+        options |= {"num_warps": 8, "num_stages": 1 if small else 2, "maxnreg": 64}
+    elif small:
+        tile |= {"BLOCK_M": 16, "TILES_M": rows // 16}
+    elif generation == 9:
+        tile["K_WIDTH"] = 2
+    return tile, options
 
 
 def _current_arch() -> tuple[str, int | str]:
@@ -176,7 +211,7 @@ def quantized_linear_gemm_triton(
             codebooks.on(quant_type.upper(), x.device), bias if split_k == 1 else None, out,
             M, N, K, x.stride(0), triton.cdiv(triton.cdiv(K, 128), split_k), (block_size // 32).bit_length() - 1,
             NESTED_BLOCK=nested_block, HAS_BIAS=bias is not None and split_k == 1, SPLIT_K=split_k, EVEN_K=K % 128 == 0,
-            WARPS=WARPS, num_warps=WARPS, num_stages=NUM_STAGES, **tile, **options,
+            **tile, **options,
         )  # fmt: skip
         if split_k > 1:
             add_parts_triton(out, bias, y)
@@ -197,16 +232,14 @@ def aot_variants() -> Iterator[Variant]:
                 signature |= {"M": "i32", "N": "i32:16", "K": "i32:16", "stride_xm": "i32:16"}
                 signature |= {"tiles_per_part": "i32", "block_shift": "i32"}
                 constexprs = {
-                    "NESTED_BLOCK": 256 if nested else 0, "HAS_BIAS": split_k == 1, "SPLIT_K": split_k, "EVEN_K": even_k,
-                    "WARPS": WARPS, **tile,
+                    "NESTED_BLOCK": 256 if nested else 0, "HAS_BIAS": split_k == 1, "SPLIT_K": split_k, "EVEN_K": even_k, **tile,
                 }  # fmt: skip
                 yield Variant(
                     f"quantized_linear_gemm_{dtype}_{M}" + "_nested" * nested + "_split" * (split_k > 1),
                     _quantized_linear_gemm_kernel,
                     signature | dict.fromkeys(constexprs, "constexpr"),
                     constexprs,
-                    num_warps=WARPS,
-                    num_stages=NUM_STAGES,
+                    num_warps=tile["WARPS"],
                     options=options,
                     backends=(backend_name,),
                     archs=(arch,),

@@ -10,8 +10,8 @@ it back in x's dtype, once, and then runs at the vendor GEMM's speed. With bytes
 
 The instruction counts are the emulator's (`make counters`). What I / 2, P / 2 and 0.8 P stand for is an assumption, not
 a measurement: kernels that decode between their products, and a vendor's GEMM. They put the crossing at M = 461 on an
-A100, 881 on an H100, 245 on a B200 and 743 on an MI300X. bitsandbytes, whose thresholds come from such GPUs,
-dequantizes above M = 1536 (256 on ROCm), on a B200 earlier, and for fp32 from M = 8; ours is 9 to 33 there.
+A100, 497 on an H100, 171 on a B200 (counted as an H100) and 743 on an MI300X. bitsandbytes, whose thresholds come
+from such GPUs, dequantizes above M = 1536 (256 on ROCm), on a B200 earlier, and for fp32 from M = 8; ours is 9 to 33 there.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ class Target(NamedTuple):
     issue_rate: float  # warp instructions/s: SMs x 4 schedulers x clock
     flops: float  # dense flop/s of 16-bit multiply-adds
     flops_fp32: float  # of float32 ones, without tf32
+    instructions_64: float = 0.24  # warp instructions per weight of the GEMM's tile of 64 rows
 
 
 class Plan(NamedTuple):
@@ -40,16 +41,16 @@ class Plan(NamedTuple):
 
 
 A100 = Target(2.04e12, 108 * 4 * 1.41e9, 312e12, 19.5e12)
-H100 = Target(3.35e12, 132 * 4 * 1.75e9, 989e12, 67e12)
-B200 = Target(8.0e12, 148 * 4 * 1.85e9, 2250e12, 80e12)
+H100 = Target(3.35e12, 132 * 4 * 1.75e9, 989e12, 67e12, 0.31)
+B200 = Target(8.0e12, 148 * 4 * 1.85e9, 2250e12, 80e12, 0.31)
 MI300X = Target(5.3e12, 304 * 4 * 2.1e9, 1307e12, 163e12)
 
 GROUP = 32  # weights that a lane loads at once and that lie in one block: K must be a multiple
 PACKED_BYTES = 0.516  # of a weight at block size 64, nested absmax
 DECODE_INSTRUCTIONS = {1: 0.18, 2: 0.23, 4: 0.33}  # warp instructions per weight, by rows of x that share a decoding
-GEMM_INSTRUCTIONS = {16: 0.17, 32: 0.19, 64: 0.24}
+GEMM_INSTRUCTIONS = {16: 0.17, 32: 0.19, 64: 0.24}  # sm_80's; the last is a target's own
 LATENCY = 1e-6  # seconds from a load to its data under load: what Little's law multiplies the bandwidth by
-DECODE_IN_FLIGHT, GEMM_IN_FLIGHT = 2048, 8192  # bytes of W that one program keeps on their way
+DECODE_IN_FLIGHT, GEMM_IN_FLIGHT = 2048, {16: 8192, 32: 8192, 64: 2048}  # bytes of W that one program keeps on their way
 DECODE_STEP, GEMM_STEP = 1024, 256  # the least K worth a program's while
 MAX_SPLIT_K = 16
 
@@ -93,7 +94,8 @@ def plan(M: int, N: int, K: int, dtype: torch.dtype, target: Target) -> Plan:
     seconds = {"decode": decode, "dequantize": dequantize}
     if half and M > 1:
         tile = tile_rows(GEMM_INSTRUCTIONS, M)
-        issue = GEMM_INSTRUCTIONS[tile] * max(M / tile, 1) / target.issue_rate
+        instructions = target.instructions_64 if tile == 64 else GEMM_INSTRUCTIONS[tile]
+        issue = instructions * max(M / tile, 1) / target.issue_rate
         seconds = {"gemm": max(read, issue, 2 * M / (target.flops / 2)), "dequantize": dequantize}
     kernel = min(seconds, key=seconds.__getitem__)
     if kernel == "dequantize":
@@ -102,4 +104,4 @@ def plan(M: int, N: int, K: int, dtype: torch.dtype, target: Target) -> Plan:
         programs = math.ceil(N / (4 if rows == 1 else 8)) * math.ceil(M / rows)
         return Plan(kernel, _split_k(programs, M, K, DECODE_IN_FLIGHT, DECODE_STEP, target))
     programs = math.ceil(N / 64) * math.ceil(M / tile)
-    return Plan(kernel, _split_k(programs, M, K, GEMM_IN_FLIGHT, GEMM_STEP, target))
+    return Plan(kernel, _split_k(programs, M, K, GEMM_IN_FLIGHT[tile], GEMM_STEP, target))

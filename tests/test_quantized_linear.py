@@ -300,7 +300,7 @@ def _noting(taken: list[str], name: str, function):
 WORK = [  # kernel, M, warp instructions a weight and A100 occupancy of bitsandbytes' CUDA kernel, measured the same way
     (quantized_linear_decode_triton, 1, 0.20, 1.0),
     (quantized_linear_gemm_triton, 16, 0.25, 0.38),
-    (quantized_linear_gemm_triton, 64, 0.33, 0.25),
+    (quantized_linear_gemm_triton, 64, 0.33, 0.5),
 ]
 
 
@@ -308,7 +308,7 @@ WORK = [  # kernel, M, warp instructions a weight and A100 occupancy of bitsandb
 @pytest.mark.parametrize(("kernel", "M", "instructions", "occupancy"), WORK)
 def test_emulated_work(kernel, M, instructions, occupancy):
     """Each byte is moved once, no shared-memory access conflicts, and instructions a weight are fewer than the peer's
-    0.219, 0.274 and 0.387 (at M = 64 it has an occupancy of 0.5: sixteen rows more a warp cost us registers)."""
+    0.219, 0.274 and 0.387, at no less than its occupancy."""
     from gpuemu import counters
 
     counters.start(80)
