@@ -104,12 +104,13 @@ void *scratch(int slot, size_t bytes) {
 }
 
 /* Fresh memory costs a page fault every 4 KiB, more than dequantization itself; 2 MiB pages divide that by 512. Only asked
- * for where the buffer is large enough to be its own mapping, which goes back to the system when it is freed. */
+ * for where the buffer is large enough to be its own mapping, which goes back to the system when it is freed. The range is the
+ * mapping's own pages, not whole huge pages: malloc's header sits before the buffer, in the first of them. */
 void advise_huge_pages(void *start, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-    const uintptr_t huge = 1 << 21;
-    uintptr_t first = ((uintptr_t)start + huge - 1) & ~(huge - 1), last = ((uintptr_t)start + bytes) & ~(huge - 1);
-    if (bytes >= (int64_t)(4 * huge) && first < last) madvise((void *)first, last - first, MADV_HUGEPAGE);
+    const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
+    uintptr_t first = (uintptr_t)start & ~(page - 1), last = ((uintptr_t)start + bytes + page - 1) & ~(page - 1);
+    if (bytes >= 8 << 20) madvise((void *)first, last - first, MADV_HUGEPAGE);
 #else
     (void)start, (void)bytes;
 #endif
