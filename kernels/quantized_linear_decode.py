@@ -114,7 +114,8 @@ def _quantized_linear_decode_kernel(
             xs = ()
             for m in tl.static_range(TILE_M):
                 x_row = x_ptr + (m0 + m).to(tl.int64) * stride_xm
-                xs = xs + (_load8(x_row, c * 32 + i * 8 + warp * 0, inside & (m0 + m < M), WARPS, LANES),)
+                x_end = tl.where(m0 + m < M, end, 0)  # a row beyond M has no columns
+                xs = xs + (_load8(x_row, c * 32 + i * 8 + warp * 0, c < x_end, WARPS, LANES),)
             sums = ()
             for r in tl.static_range(ROWS):
                 row_sums = ()
@@ -142,7 +143,7 @@ def _quantized_linear_decode_kernel(
         offs_n = (tl.program_id(0) * WARPS + tl.arange(0, WARPS)) * ROWS + r
         for m in tl.static_range(TILE_M):
             y = tl.sum(acc[r * TILE_M + m], 1)
-            mask_y = (offs_n < N) & (m0 + m < M)
+            mask_y = offs_n < tl.where(m0 + m < M, N, 0)
             if HAS_BIAS:
                 y += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)
             row = (tl.program_id(2) * M + m0 + m).to(tl.int64) if SPLIT_K > 1 else (m0 + m).to(tl.int64)
