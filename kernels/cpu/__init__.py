@@ -5,6 +5,8 @@ from importlib.util import find_spec
 
 import torch
 
+from . import pytorch_lora
+
 if find_spec("._native", __package__) is not None:
     from . import native as engine
 else:
@@ -16,6 +18,8 @@ double_quantize = engine.double_quantize
 double_dequantize = engine.double_dequantize
 linear_4bit = engine.linear_4bit
 linear_4bit_dx = engine.linear_4bit_dx
+lora_linear = pytorch_lora.lora_linear
+lora_linear_backward = pytorch_lora.lora_linear_backward
 
 __all__ = [
     "dequantize_4bit",
@@ -24,6 +28,8 @@ __all__ = [
     "double_quantize",
     "linear_4bit",
     "linear_4bit_dx",
+    "lora_linear",
+    "lora_linear_backward",
     "quantize_4bit",
 ]
 
