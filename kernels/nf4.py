@@ -53,7 +53,8 @@ _GROUPS = 128  # groups a program owns
 @triton.jit
 def _code(scaled, upper_ptr, QUANT_TYPE: tl.constexpr):
     """int32 code of each scaled value: predict, then correct by one exact comparison. NaN gives any code."""
-    scaled = tl.minimum(tl.maximum(scaled, -1.0), 1.0)
+    scaled = tl.where(scaled > -1.0, scaled, -1.0)  # one max.f32, and -1 for NaN in older interpreters too
+    scaled = tl.minimum(scaled, 1.0)
     if QUANT_TYPE == "nf4":
         predicted = tl.fma(tl.fma(tl.fma(scaled, _N3, _N2), scaled, _N1), scaled, _N0).to(tl.int32)
         return predicted + (scaled > tl.load(upper_ptr + predicted)).to(tl.int32)
