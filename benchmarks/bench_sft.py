@@ -29,9 +29,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from posttrain.adapters import LoraConfig, adapter_parameters, attach, load_adapter, save_adapter
 from posttrain.atomic import atomic_write
 from posttrain.data import Example
-from posttrain.lora import LoraConfig, adapter_parameters, attach, load_adapter, save_adapter
 from posttrain.model import CausalLM, ModelConfig, load, save
 from posttrain.packing import collate
 from posttrain.progress import peak_memory

@@ -25,11 +25,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .adapters import active_adapter, adapter_parameters, save_adapter, saved_tensors
+from .adapters.peft_format import WEIGHTS_FILE
 from .atomic import atomic_dir
 from .errors import PosttrainError
-from .lora import active_adapter, adapter_parameters, save_adapter
 from .model.safetensors_file import SafetensorsReader, write_safetensors
-from .peft_format import WEIGHTS_FILE
 
 OPTIMIZER, STATE = "optimizer.safetensors", "trainer_state.json"
 
@@ -42,7 +42,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def weights_file(model: nn.Module) -> str:
     """Name of the file with the trained weights."""
-    only_adapter = bool(active_adapter(model)) and trainable(model).keys() == adapter_parameters(model).keys()
+    only_adapter = bool(active_adapter(model)) and trainable(model).keys() == saved_tensors(model).keys()
     return WEIGHTS_FILE if only_adapter else "trainable.safetensors"
 
 

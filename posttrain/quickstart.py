@@ -17,13 +17,12 @@ from pathlib import Path
 
 import torch
 
+from posttrain.adapters import LoraConfig, load_adapter
 from posttrain.cli.common import progress_bar
 from posttrain.data import load_dataset, max_tokens
 from posttrain.errors import PosttrainError
 from posttrain.evaluate import Accuracy, ChoiceItem, choice_accuracy
 from posttrain.fetch import fetch, origin
-from posttrain.lora import load_adapter
-from posttrain.lora_config import LoraConfig
 from posttrain.model.decoder import CausalLM
 from posttrain.model.generate import generate
 from posttrain.model.loading import load

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
+from .adapters import LoraConfig, active_adapter, adapter_configs, attach, base_fingerprint, save_adapter
 from .data import IGNORE_INDEX, Example, max_tokens
 from .errors import PosttrainError
 from .linear_cross_entropy import CHUNK, linear_cross_entropy
-from .lora import LoraConfig, active_adapter, adapter_configs, attach, base_fingerprint, save_adapter
 from .model.decoder import CausalLM
 from .packing import Batch, collate, pack
 from .trainer import TrainConfig, TrainResult, train

@@ -14,8 +14,8 @@ import torch
 from model_cases import random_model
 
 from posttrain import checkpoint
+from posttrain.adapters import LoraConfig
 from posttrain.data import Example
-from posttrain.lora import LoraConfig
 from posttrain.sft import sft
 from posttrain.trainer import TrainConfig
 

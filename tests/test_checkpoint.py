@@ -12,9 +12,9 @@ import torch
 from model_cases import random_model
 
 from posttrain import checkpoint
+from posttrain.adapters import LoraConfig, attach, load_adapter
 from posttrain.checkpoint import checkpoints, keep_last, load_checkpoint, save_checkpoint, trainable
 from posttrain.errors import PosttrainError
-from posttrain.lora import LoraConfig, attach, load_adapter
 
 IDS = torch.arange(24).view(2, 12)
 

@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from posttrain import quickstart as qs
+from posttrain.adapters import load_adapter
 from posttrain.errors import PosttrainError
 from posttrain.evaluate import Accuracy, choice_accuracy
-from posttrain.lora import load_adapter
 from posttrain.model.loading import load
 from posttrain.model.tokenizer import Tokenizer
 from posttrain.statistics import compare

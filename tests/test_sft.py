@@ -17,9 +17,9 @@ from small_run import STEPS, examples, settings, small_run
 from tolerance import assert_as_accurate
 
 from posttrain import sft as sft_module
+from posttrain.adapters import LoraConfig, adapter_parameters, attach, load_adapter
 from posttrain.data import Example
 from posttrain.errors import PosttrainError
-from posttrain.lora import LoraConfig, adapter_parameters, attach, load_adapter
 from posttrain.packing import collate, pack
 from posttrain.quantized import quantize_model
 from posttrain.sft import loss_sum, sft

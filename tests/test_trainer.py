@@ -14,8 +14,8 @@ from model_cases import random_model
 from small_run import examples, settings, small_run
 from tolerance import assert_as_accurate
 
+from posttrain.adapters import LoraConfig, adapter_parameters, attach
 from posttrain.errors import PosttrainError
-from posttrain.lora import LoraConfig, adapter_parameters, attach
 from posttrain.packing import collate
 from posttrain.sft import loss_sum
 from posttrain.trainer import TrainConfig, learning_rate, step_items, total_steps, train

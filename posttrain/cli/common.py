@@ -86,7 +86,7 @@ def load_model(args: argparse.Namespace) -> tuple[CausalLM, Tokenizer]:
     tokenizer = Tokenizer.load(folder)
     model = load(folder, dtype=args.dtype, quantize=args.quantize, device=args.device)
     if args.adapter is not None:
-        from posttrain.lora import load_adapter
+        from posttrain.adapters import load_adapter
 
         load_adapter(model, args.adapter, any_base=args.any_base)
     return model.eval(), tokenizer

@@ -29,8 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from posttrain.adapters import load_adapter, merge_and_unload
     from posttrain.cli.quantize import copy_tokenizer, new_folder
-    from posttrain.lora import load_adapter, merge_and_unload
     from posttrain.model.loading import load, save
 
     folder = resolve_model(args.model)

@@ -50,8 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from posttrain.adapters import LoraConfig
     from posttrain.data import load_dataset
-    from posttrain.lora_config import LoraConfig
     from posttrain.sft import sft
     from posttrain.trainer import TrainConfig
 

@@ -12,9 +12,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tolerance import assert_as_accurate
 
-from posttrain import lora, peft_format
+from posttrain import adapters
+from posttrain.adapters import LoraConfig, attach, load_adapter, peft_format, save_adapter
+from posttrain.adapters.lora import lora_layers
 from posttrain.errors import PosttrainError
-from posttrain.lora import LoraConfig, attach, load_adapter, save_adapter
 from posttrain.quantized import quantize_model
 
 IDS = torch.arange(24).view(2, 12)
@@ -41,7 +42,7 @@ def exact_logits(model):
     exact = random_model()
     exact.load_state_dict({k.replace(".base_layer", ""): v for k, v in model.state_dict().items() if ".lora_" not in k})
     exact.double()
-    for name, layer in lora.lora_layers(model).items():
+    for name, layer in lora_layers(model).items():
         A, B = layer.lora_A["default"].detach().double(), layer.lora_B["default"].detach().double()
         exact.get_submodule(name).weight.data += layer.scaling["default"] * B @ A
     return logits(exact)
@@ -109,15 +110,15 @@ def test_round_trip(tmp_path):
     second.load_state_dict(base)
     names = load_adapter(second, tmp_path, "reloaded")
     assert torch.equal(logits(second), logits(first))
-    assert names == list(lora.lora_layers(first)) and lora.active_adapter(second) == "reloaded"
-    assert lora.adapter_configs(second)["reloaded"] == lora.adapter_configs(first)["default"]
+    assert names == list(lora_layers(first)) and adapters.active_adapter(second) == "reloaded"
+    assert adapters.adapter_configs(second)["reloaded"] == adapters.adapter_configs(first)["default"]
     assert {p.name for p in tmp_path.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
 
 
 def test_content_is_pefts(tmp_path):
     model = random_model()
     model.name_or_path = "a/base"
-    fingerprint = lora.base_fingerprint(model)
+    fingerprint = adapters.base_fingerprint(model)
     saved(tmp_path, model)
     content = json.loads((tmp_path / "adapter_config.json").read_text())
     seven = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
@@ -144,7 +145,7 @@ def test_all_linear_is_written_as_whole_names_where_last_parts_say_more(tmp_path
 @pytest.mark.parametrize("quantized", [False, True])
 def test_another_base_is_refused_with_both_fingerprints(tmp_path, quantized):
     model = random_model()
-    mine = lora.base_fingerprint(model)
+    mine = adapters.base_fingerprint(model)
     twin = random_model()
     twin.load_state_dict(model.state_dict())
     if quantized:
@@ -155,8 +156,8 @@ def test_another_base_is_refused_with_both_fingerprints(tmp_path, quantized):
     other = random_model()
     with pytest.raises(PosttrainError) as error:
         load_adapter(other, tmp_path)
-    assert mine in str(error.value) and lora.base_fingerprint(other) in str(error.value)
-    assert not lora.lora_layers(other)
+    assert mine in str(error.value) and adapters.base_fingerprint(other) in str(error.value)
+    assert not lora_layers(other)
     load_adapter(other, tmp_path, any_base=True)
 
 
@@ -167,7 +168,7 @@ def test_half_precision_files_are_widened(tmp_path):
     for dtype, expected in ((None, torch.float32), (torch.bfloat16, torch.bfloat16)):
         model = random_model()
         load_adapter(model, tmp_path, dtype=dtype)
-        assert {p.dtype for p in lora.adapter_parameters(model).values()} == {expected}
+        assert {p.dtype for p in adapters.adapter_parameters(model).values()} == {expected}
 
 
 KEY = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"
@@ -219,7 +220,7 @@ def test_a_wrong_folder_is_one_error_and_leaves_the_model_alone(tmp_path, damage
     model = random_model()
     with pytest.raises(PosttrainError, match=message):
         load_adapter(model, tmp_path, any_base=True)
-    assert not lora.lora_layers(model) and all(p.requires_grad for p in model.parameters())
+    assert not lora_layers(model) and all(p.requires_grad for p in model.parameters())
 
 
 def test_cut_short_at_any_length(tmp_path):

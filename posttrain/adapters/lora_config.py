@@ -3,8 +3,29 @@
 from __future__ import annotations
 
 import math
+import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar
+
+from torch import nn
+
+from posttrain.errors import PosttrainError
+
+from .peft_format import read_config
+
+# PEFT's fields that change what an adapter computes or holds, in ways that are not supported here: refused unless off.
+REFUSED = (
+    "fan_in_fan_out", "use_dora", "lora_bias", "layer_replication", "trainable_token_indices", "target_parameters",
+    "use_qalora", "alora_invocation_tokens", "use_bdlora", "arrow_config", "kasa_config", "velora_config",
+    "monteclora_config", "megatron_config",
+)  # fmt: skip
+# Fields that say how an adapter was initialised; nothing here depends on them.
+IGNORED = (
+    "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size", "ensure_weight_tying",
+)  # fmt: skip
+# Initialisations that leave the base as it was. The others (PiSSA, OLoRA, ...) train against a base that they changed.
+HARMLESS_INIT = (True, False, "gaussian", "eva", "orthogonal")
 
 
 def _by_pattern(pattern: dict, name: str, default):
@@ -34,6 +55,8 @@ class LoraConfig:
     end of a name: value}; the first that matches wins. init_lora_weights: True (A Kaiming-uniform, B zero), "gaussian"
     (A normal with deviation 1/r, B zero) or False (both Kaiming-uniform: the output changes at once, for tests).
     """
+
+    PEFT_TYPE: ClassVar[str] = "LORA"
 
     r: int = 8
     lora_alpha: float = 8
@@ -68,6 +91,22 @@ class LoraConfig:
             raise ValueError("layers_to_transform and layers_pattern need target_modules to be a list, not a string")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern is given without layers_to_transform; say which layers")
+
+    def to_peft(self, model: nn.Module) -> dict[str, Any]:
+        """adapter_config.json's content."""
+        return {**asdict(self), "peft_type": "LORA", "task_type": "CAUSAL_LM", "fan_in_fan_out": False, "inference_mode": True}
+
+    @classmethod
+    def from_peft(cls, content: dict[str, Any], source: str | os.PathLike) -> LoraConfig:
+        """What an adapter_config.json describes. PosttrainError where it asks for what is not supported."""
+        init = content.get("init_lora_weights", True)
+        if init not in HARMLESS_INIT:
+            raise PosttrainError(
+                f"{source}: init_lora_weights is {init!r}, which changes the base; save the adapter in PEFT with "
+                "path_initial_model_for_weight_conversion to get one for the original base"
+            )
+        content = {**content, "init_lora_weights": init if init in (True, False, "gaussian") else True}
+        return read_config(cls, content, source, REFUSED, IGNORED)
 
     def rank(self, name: str) -> int:
         """Rank of the adapter on the layer of that name."""

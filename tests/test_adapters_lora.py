@@ -10,8 +10,9 @@ from model_cases import random_model
 from tolerance import assert_as_accurate
 from torch import nn
 
-from posttrain import lora
-from posttrain.lora import LoraConfig
+from posttrain import adapters
+from posttrain.adapters import LoraConfig
+from posttrain.adapters.lora import lora_layers
 from posttrain.quantized import QuantizedLinear, quantize_model
 
 IDS = torch.arange(24).view(2, 12)
@@ -44,7 +45,7 @@ def assert_unchanged(model, before):
 
 def test_attach_starts_at_the_base_and_trains_the_adapter_alone(model):
     before = logits(model)
-    names = lora.attach(model, LoraConfig(r=4))
+    names = adapters.attach(model, LoraConfig(r=4))
     assert {n.rpartition(".")[2] for n in names} == SEVEN and len(names) == 7 * 3
     assert torch.equal(logits(model), before)
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
@@ -57,30 +58,30 @@ def test_attach_starts_at_the_base_and_trains_the_adapter_alone(model):
 def test_initial_values():
     layer = nn.Linear(400, 300)
     model = nn.Sequential(layer)
-    lora.attach(model, LoraConfig(r=16, target_modules=["0"]))
+    adapters.attach(model, LoraConfig(r=16, target_modules=["0"]))
     A = model[0].lora_A["default"].detach()
     assert A.abs().max() <= 400**-0.5 < 1.01 * A.abs().max()  # uniform in +-1/sqrt(in), of 6,400 draws
     assert not model[0].lora_B["default"].any()
-    lora.attach(model, LoraConfig(r=16, target_modules=["0"], init_lora_weights="gaussian"), "g")
+    adapters.attach(model, LoraConfig(r=16, target_modules=["0"], init_lora_weights="gaussian"), "g")
     # A sample deviation of n normal draws lies within 5 / sqrt(2 n) of the true one, relatively.
     assert abs(model[0].lora_A["g"].std() * 16 - 1) < 5 / (2 * A.numel()) ** 0.5
 
 
 def test_adapter_is_fp32_on_a_half_precision_base():
     model = random_model(dtype=torch.bfloat16)
-    lora.attach(model, RANDOM)
-    assert {p.dtype for p in lora.adapter_parameters(model).values()} == {torch.float32}
+    adapters.attach(model, RANDOM)
+    assert {p.dtype for p in adapters.adapter_parameters(model).values()} == {torch.float32}
     assert logits(model).dtype == torch.bfloat16
-    lora.attach(model, RANDOM, "narrow", dtype=torch.bfloat16)
-    assert {p.dtype for p in lora.adapter_parameters(model).values()} == {torch.bfloat16}
+    adapters.attach(model, RANDOM, "narrow", dtype=torch.bfloat16)
+    assert {p.dtype for p in adapters.adapter_parameters(model).values()} == {torch.bfloat16}
 
 
 def test_rank_and_alpha_patterns_reach_the_layers(model):
     config = LoraConfig(
         r=4, rank_pattern={"q_proj": 2, r"layers\.1\.mlp\..*": 6}, alpha_pattern={"q_proj": 10}, use_rslora=True
     )
-    lora.attach(model, config)
-    layers = lora.lora_layers(model)
+    adapters.attach(model, config)
+    layers = lora_layers(model)
     assert layers["model.layers.0.self_attn.q_proj"].lora_A["default"].shape == (2, 64)
     assert layers["model.layers.1.mlp.up_proj"].lora_B["default"].shape == (160, 6)
     assert layers["model.layers.0.mlp.up_proj"].lora_B["default"].shape == (160, 4)
@@ -89,44 +90,44 @@ def test_rank_and_alpha_patterns_reach_the_layers(model):
 
 def test_several_adapters_and_switching(model):
     base = logits(model)
-    lora.attach(model, RANDOM, "first")
+    adapters.attach(model, RANDOM, "first")
     first = logits(model)
-    lora.attach(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False), "second")
+    adapters.attach(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False), "second")
     second = logits(model)
-    assert lora.adapters(model) == ["first", "second"] and lora.active_adapter(model) == "second"
+    assert adapters.adapter_names(model) == ["first", "second"] and adapters.active_adapter(model) == "second"
     assert not torch.equal(first, second) and not torch.equal(second, base)
-    lora.set_adapter(model, "first")
+    adapters.set_adapter(model, "first")
     assert torch.equal(logits(model), first)
     assert {n.rpartition(".")[2] for n, p in model.named_parameters() if p.requires_grad} == {"first"}
-    with lora.disabled(model):
+    with adapters.disabled(model):
         assert torch.equal(logits(model), base)
     assert torch.equal(logits(model), first)
-    lora.disable(model)
+    adapters.disable(model)
     assert torch.equal(logits(model), base)
-    lora.enable(model)
-    lora.delete_adapter(model, "first")
-    assert torch.equal(logits(model), base) and lora.active_adapter(model) is None
-    lora.set_adapter(model, "second")
+    adapters.enable(model)
+    adapters.delete_adapter(model, "first")
+    assert torch.equal(logits(model), base) and adapters.active_adapter(model) is None
+    adapters.set_adapter(model, "second")
     assert torch.equal(logits(model), second)
 
 
 def test_deleting_the_last_adapter_gives_the_layers_back(model):
     before = snapshot(model)
-    lora.attach(model, RANDOM)
-    lora.delete_adapter(model, "default")
+    adapters.attach(model, RANDOM)
+    adapters.delete_adapter(model, "default")
     assert_unchanged(model, before)
 
 
 def test_merge_computes_the_same_and_unmerges_exactly(model):
     base = logits(model)
-    lora.attach(model, RANDOM)
+    adapters.attach(model, RANDOM)
     state, adapted = snapshot(model), logits(model)
-    lora.merge(model)
+    adapters.merge(model)
     merged = logits(model)
-    lora.unmerge(model)
+    adapters.unmerge(model)
     assert_unchanged(model, state)
     assert torch.equal(logits(model), adapted)
-    lora.delete_adapter(model, "default")
+    adapters.delete_adapter(model, "default")
     assert torch.equal(logits(model), base)
     assert_as_accurate(merged, adapted, exact_logits(model, state))
 
@@ -155,19 +156,19 @@ def exact_logits(base, state):
 
 
 def test_merge_and_unload_leaves_plain_dense_layers(model):
-    lora.attach(model, RANDOM)
-    lora.merge(model)
+    adapters.attach(model, RANDOM)
+    adapters.merge(model)
     merged = logits(model)
-    lora.unmerge(model)
-    assert lora.merge_and_unload(model) is model
+    adapters.unmerge(model)
+    assert adapters.merge_and_unload(model) is model
     assert torch.equal(logits(model), merged)
-    assert not lora.lora_layers(model) and not lora.adapters(model)
+    assert not lora_layers(model) and not adapters.adapter_names(model)
     assert {type(m) for n, m in model.named_modules() if n.endswith("_proj")} == {nn.Linear}
 
 
 def test_merged_weight_is_rounded_once():
     model = random_model(dtype=torch.bfloat16)
-    lora.attach(model, RANDOM)
+    adapters.attach(model, RANDOM)
     layer = model.model.layers[0].mlp.up_proj
     A, B = layer.lora_A["default"].detach(), layer.lora_B["default"].detach()
     exact = layer.base_layer.weight.double() + layer.scaling["default"] * B.double() @ A.double()
@@ -183,43 +184,43 @@ def test_refused_changes_change_nothing(model):
         (LoraConfig(target_modules=r".*layers\.0\.mlp"), "is a MLP"),
     ):
         with pytest.raises(ValueError, match=message):
-            lora.attach(model, config)
+            adapters.attach(model, config)
         assert_unchanged(model, before)
     for name in ("", "a.b", "train"):
         with pytest.raises(ValueError, match="cannot name an adapter"):
-            lora.attach(model, RANDOM, name)
-    for change in (lora.set_adapter, lora.delete_adapter, lora.merge, lora.merge_and_unload):
+            adapters.attach(model, RANDOM, name)
+    for change in (adapters.set_adapter, adapters.delete_adapter, adapters.merge, adapters.merge_and_unload):
         with pytest.raises(ValueError, match="no adapter named 'absent'; the model has: none"):
             change(model, "absent")
     assert_unchanged(model, before)
-    lora.attach(model, RANDOM)
+    adapters.attach(model, RANDOM)
     before = snapshot(model)
     with pytest.raises(ValueError, match="already has an adapter named 'default'"):
-        lora.attach(model, RANDOM)
+        adapters.attach(model, RANDOM)
     with torch.no_grad():
         model.model.layers[2].mlp.down_proj.lora_B["default"][0, 0] = torch.inf
-    for change in (lora.merge, lora.merge_and_unload):
+    for change in (adapters.merge, adapters.merge_and_unload):
         with pytest.raises(ValueError, match="merging model.layers.2.mlp.down_proj gives NaN or infinite"):
             change(model)
-        assert not lora.is_merged(model) and len(lora.lora_layers(model)) == 21
+        assert not adapters.is_merged(model) and len(lora_layers(model)) == 21
 
 
 def test_nothing_else_while_merged(model):
-    lora.attach(model, RANDOM)
-    lora.merge(model)
+    adapters.attach(model, RANDOM)
+    adapters.merge(model)
     for call in (
-        lambda: lora.merge(model),
-        lambda: lora.attach(model, RANDOM, "other"),
-        lambda: lora.set_adapter(model, "default"),
-        lambda: lora.disable(model),
-        lambda: lora.delete_adapter(model, "default"),
+        lambda: adapters.merge(model),
+        lambda: adapters.attach(model, RANDOM, "other"),
+        lambda: adapters.set_adapter(model, "default"),
+        lambda: adapters.disable(model),
+        lambda: adapters.delete_adapter(model, "default"),
     ):
         with pytest.raises(ValueError, match="unmerge"):
             call()
 
 
 def test_moves_and_dropout_with_the_model(model):
-    lora.attach(model, LoraConfig(lora_dropout=0.5, init_lora_weights=False))
+    adapters.attach(model, LoraConfig(lora_dropout=0.5, init_lora_weights=False))
     assert torch.equal(logits(model), logits(model))
     model.train()
     assert not torch.equal(logits(model), logits(model))

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tolerance import assert_as_accurate
 
+from posttrain.adapters.lora_linear import LoraLinear, lora_linear
 from posttrain.kernels import quantize_weight
-from posttrain.lora_linear import LoraLinear, lora_linear
 
 shapes = st.lists(st.integers(1, 4), max_size=2).map(tuple)
 
@@ -134,7 +134,7 @@ def test_shapes_that_do_not_fit(x, A, B, dropout, message):
 def test_empty_batch():
     layer = LoraLinear(torch.nn.Linear(5, 3))
     layer.add("a", torch.randn(2, 5), torch.randn(3, 2), 1.0, 0.0)
-    layer.activate("a")
+    layer.active_adapter = "a"
     y = layer(torch.zeros(0, 5))
     y.sum().backward()
     assert y.shape == (0, 3) and torch.equal(layer.lora_A["a"].grad, torch.zeros(2, 5))

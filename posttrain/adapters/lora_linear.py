@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .kernels import QuantizedWeight, quantized_linear
-from .quantized import QuantizedLinear
+from posttrain.kernels import QuantizedWeight, quantized_linear
+from posttrain.quantized import QuantizedLinear
 
 
 def _dropped(x: Tensor, keep: Tensor | None, dropout: float) -> Tensor:
@@ -131,20 +131,19 @@ class LoraLinear(nn.Module):
         self.scaling: dict[str, float] = {}
         self.dropout: dict[str, float] = {}
         self.active_adapter: str | None = None
-        self.disabled = False
-        self._merged: nn.Linear | None = None
+        self.merged: nn.Linear | None = None
 
     def add(self, name: str, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout: float) -> None:
         """Add an adapter: lora_A (r, in_features), lora_B (out_features, r)."""
         self.lora_A[name], self.lora_B[name] = nn.Parameter(lora_A), nn.Parameter(lora_B)
         self.scaling[name], self.dropout[name] = scaling, dropout
 
-    def activate(self, name: str | None) -> None:
-        """Let one adapter act and train; the others rest."""
-        self.active_adapter = name
-        for other in self.lora_A:
-            self.lora_A[other].requires_grad_(other == name)
-            self.lora_B[other].requires_grad_(other == name)
+    def drop(self, name: str) -> None:
+        """Take an adapter away."""
+        for table in (self.lora_A, self.lora_B, self.scaling, self.dropout):
+            del table[name]
+        if self.active_adapter == name:
+            self.active_adapter = None
 
     def merged_weight(self, name: str) -> Tensor:
         """W + scaling B A, summed in fp32 and rounded once to the base's dtype (a 4-bit base is dequantized first)."""
@@ -164,14 +163,14 @@ class LoraLinear(nn.Module):
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._merged is not None:
-            return self._merged(x)
+        if self.merged is not None:
+            return self.merged(x)
         name = self.active_adapter
-        if self.disabled or name is None:
+        if name is None:
             return self.base_layer(x)
         dropout = self.dropout[name] if self.training else 0.0
         base, A, B = self.base_layer, self.lora_A[name], self.lora_B[name]
         return lora_linear(x, base.weight, A, B, self.scaling[name], base.bias, dropout=dropout)
 
     def extra_repr(self) -> str:
-        return f"active_adapter={self.active_adapter!r}, merged={self._merged is not None}, disabled={self.disabled}"
+        return f"active_adapter={self.active_adapter!r}, merged={self.merged is not None}"

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from posttrain.lora_config import LoraConfig, matches
+from posttrain.adapters.lora_config import LoraConfig, matches
 
 NAMES = [
     f"model.layers.{i}.{part}"

@@ -1,0 +1,47 @@
+"""Adapters: small trained additions to a frozen model. One file a method; interface.py is what they share."""
+
+from .interface import (
+    METHODS,
+    active_adapter,
+    adapter_configs,
+    adapter_names,
+    adapter_parameters,
+    attach,
+    base_fingerprint,
+    delete_adapter,
+    disable,
+    disabled,
+    enable,
+    is_merged,
+    load_adapter,
+    merge,
+    merge_and_unload,
+    save_adapter,
+    saved_tensors,
+    set_adapter,
+    unmerge,
+)
+from .lora_config import LoraConfig
+
+__all__ = [
+    "METHODS",
+    "LoraConfig",
+    "active_adapter",
+    "adapter_configs",
+    "adapter_names",
+    "adapter_parameters",
+    "attach",
+    "base_fingerprint",
+    "delete_adapter",
+    "disable",
+    "disabled",
+    "enable",
+    "is_merged",
+    "load_adapter",
+    "merge",
+    "merge_and_unload",
+    "save_adapter",
+    "saved_tensors",
+    "set_adapter",
+    "unmerge",
+]

@@ -1,0 +1,86 @@
+"""Adapters on disk as PEFT has them: adapter_config.json and adapter_model.safetensors.
+
+Keys are `base_model.model.<layer>.lora_A.weight` and the like. The safetensors metadata carries, beside PEFT's `format`,
+the fingerprint of the base that the adapter was trained on: PEFT passes over it, `load_adapter` refuses another base. An
+adapter without one (PEFT's own) is taken at its word.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Collection, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from posttrain.atomic import atomic_write
+from posttrain.errors import PosttrainError
+from posttrain.fingerprint import METADATA_KEY
+from posttrain.model.safetensors_file import SafetensorsReader, write_safetensors
+
+Config = TypeVar("Config")
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+# Fields that say where an adapter comes from; nothing here depends on them.
+PROVENANCE = (
+    "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "runtime_config",
+)  # fmt: skip
+
+
+def read_config(
+    kind: type[Config],
+    content: Mapping[str, Any],
+    source: str | os.PathLike,
+    refused: Collection[str] = (),
+    ignored: Collection[str] = (),
+) -> Config:
+    """The configuration of type `kind` that an adapter_config.json describes.
+
+    refused: fields that change what an adapter computes or holds, in ways that are not supported: an error unless off.
+    ignored: fields on which nothing here depends. Others that are unknown and set are passed over with a warning.
+    """
+    for key in refused:
+        if content.get(key):
+            raise PosttrainError(f"{source}: {key} is {content[key]!r}; adapters that use it are not supported")
+    known = {f.name for f in fields(kind)}  # type: ignore[arg-type]
+    for key in content.keys() - known - set(refused) - set(ignored) - set(PROVENANCE):
+        if content[key]:
+            warnings.warn(f"{source}: unknown field {key}={content[key]!r} is passed over", stacklevel=2)
+    try:
+        return kind(**{k: v for k, v in content.items() if k in known and v is not None})
+    except (TypeError, ValueError) as error:
+        raise PosttrainError(f"{source}: {error}") from error
+
+
+def write_adapter(
+    path: str | os.PathLike, content: Mapping[str, Any], tensors: Mapping[str, Tensor], fingerprint: str | None
+) -> None:
+    """Write the folder `path`: `tensors` under the file's keys and adapter_config.json; each file whole or not at all."""
+    path = Path(path)
+    text = json.dumps(content, indent=2, sort_keys=True) + "\n"
+    with atomic_write(path / CONFIG_FILE) as description, atomic_write(path / WEIGHTS_FILE) as weights:
+        description.write_text(text, encoding="utf-8")
+        write_safetensors(weights, tensors.items(), {METADATA_KEY: fingerprint} if fingerprint else {})
+
+
+def read_adapter(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor], str | None]:
+    """(adapter_config.json's content, tensors by key, fingerprint of the base or None) of the adapter in the folder `path`."""
+    path = Path(path)
+    for file in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (path / file).is_file():
+            raise PosttrainError(f"{path} holds no {file}; expected a folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
+    try:
+        content = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise PosttrainError(f"{path / CONFIG_FILE} is not JSON in UTF-8: {error}") from error
+    if not isinstance(content, dict):
+        raise PosttrainError(f"{path / CONFIG_FILE}: expected a JSON object, found {type(content).__name__}")
+    with SafetensorsReader(path / WEIGHTS_FILE) as reader:
+        tensors, metadata = {name: reader.read(name) for name in reader.entries}, reader.metadata
+    return content, tensors, metadata.get(METADATA_KEY)
