@@ -114,7 +114,7 @@ def _quantized_linear_gemm_kernel(
             # rows past N repeat the last one; nothing of theirs is stored
             n = tl.minimum(n0 + (warp * ROWS + i) * 8 + lane // 4, N - 1)
             chunk = n * chunks + c  # below 2^31: `plan` sends 2^36 weights elsewhere
-            first = chunk.to(tl.int64) * 4 + lane % 4 * WORDS % 4
+            first = chunk.to(tl.int64) * 4 + lane % (4 // WORDS) * WORDS
             word = tl.load(word_ptr + first[:, :, None] + tl.arange(0, WORDS)[None, None, :])
             words = words + (word.split() if SHARED else split4(word, WARPS, 32),)
             scale = decode_absmax(
