@@ -1,5 +1,7 @@
 """Adapters: small trained additions to a frozen model. One file a method; interface.py is what they share."""
 
+from .bottleneck import BottleneckConfig
+from .ia3 import IA3Config
 from .interface import (
     METHODS,
     active_adapter,
@@ -25,6 +27,8 @@ from .lora_config import LoraConfig
 
 __all__ = [
     "METHODS",
+    "BottleneckConfig",
+    "IA3Config",
     "LoraConfig",
     "active_adapter",
     "adapter_configs",

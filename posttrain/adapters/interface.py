@@ -37,11 +37,17 @@ from posttrain.errors import PosttrainError
 from posttrain.fingerprint import fingerprint
 from posttrain.model.config import ModelConfig
 
-from . import lora
+from . import bottleneck, ia3, lora
+from .bottleneck import BottleneckConfig
+from .ia3 import IA3Config
 from .lora_config import LoraConfig
 from .peft_format import read_adapter, write_adapter
 
-METHODS: dict[type, ModuleType] = {LoraConfig: lora}
+METHODS: dict[type, ModuleType] = {
+    LoraConfig: lora,
+    BottleneckConfig: bottleneck,
+    IA3Config: ia3,
+}
 
 
 @dataclass
