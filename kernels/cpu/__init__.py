@@ -9,8 +9,10 @@ from . import pytorch_lora
 
 if find_spec("._native", __package__) is not None:
     from . import native as engine
+    from .native import multi_lora_add
 else:
     from . import pytorch as engine  # type: ignore[no-redef]
+    from .pytorch_multi_lora import multi_lora_add
 
 quantize_4bit = engine.quantize_4bit
 dequantize_4bit = engine.dequantize_4bit
@@ -30,6 +32,7 @@ __all__ = [
     "linear_4bit_dx",
     "lora_linear",
     "lora_linear_backward",
+    "multi_lora_add",
     "quantize_4bit",
 ]
 

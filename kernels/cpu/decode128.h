@@ -44,4 +44,9 @@ static inline void order128(const uint16_t *x, int64_t K, uint16_t *out) {
         }
 }
 
+/* bfloat16 of sums, which may be anything, in the low halves of dwords. */
+static inline __m512i rounded_dwords(__m512 f) {
+    return _mm512_mask_mov_epi32(bf16_dwords(f), _mm512_cmp_ps_mask(f, f, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
+}
+
 #endif

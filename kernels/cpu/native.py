@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import codebooks
+from . import pytorch_multi_lora
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _QUANT_TYPES = {"nf4": 0, "fp4": 1}
@@ -28,6 +29,7 @@ _SIGNATURES = {
     "double_dequantize": [_P, _P, _P, _L, _L, _P, _L],
     "linear_4bit": [_P, _I, _L, *_WEIGHT, _P, _L, _L, _P, _L],
     "linear_4bit_dx": [_P, _I, _L, *_WEIGHT, _L, _L, _P, _L],
+    "multi_lora_add": [_P, _I, _L, _P, _P, _P, _P, _P, _L, _L, _L, _L, _P, _L],
 }
 # Below so many weights a second thread costs more than it saves.
 _SERIAL_WEIGHTS = 1 << 16
@@ -59,6 +61,7 @@ def _load(path: str) -> tuple[ctypes.CDLL, str]:
     library = ctypes.CDLL(path)
     for name, argtypes in _SIGNATURES.items():
         getattr(library, name).argtypes = argtypes
+    library.multi_lora_add.restype = _L
     library.set_isa.argtypes, library.set_isa.restype = [ctypes.c_char_p], ctypes.c_char_p
     library.isa_level.argtypes, library.isa_level.restype = [_I], ctypes.c_char_p
     fp4_magnitudes = codebooks.FP4_MAGNITUDE_CODES.int()
@@ -231,6 +234,22 @@ def linear_4bit_dx(
         )
     )  # fmt: skip
     return dx
+
+
+def multi_lora_add(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, ranks, adapter_ids: Tensor) -> None:
+    """As pytorch_multi_lora's; every tensor contiguous."""
+    n, r, K = lora_A.shape
+    M, N = y.shape
+    status = _library.multi_lora_add(
+        x.data_ptr(), _DTYPES[x.dtype], M, lora_A.data_ptr(), lora_B.data_ptr(), scaling.data_ptr(), _address(ranks),
+        adapter_ids.data_ptr(), n, r, N, K, y.data_ptr(), _threads(M * r * (N + K)),
+    )  # fmt: skip
+    _check(status < 0)
+    if status:
+        at = (status - 2) // 2
+        if status % 2:
+            raise ValueError(pytorch_multi_lora.unknown_rank(at, int(ranks[at]), r))
+        raise ValueError(pytorch_multi_lora.unknown_id(at, int(adapter_ids[at]), n))
 
 
 _path = find()
