@@ -6,6 +6,8 @@ tokens.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,7 +17,7 @@ from .attention import attention
 from .config import ModelConfig
 from .functional import rms_norm, swiglu
 from .fused import FusedLinear
-from .kv_cache import KVCache
+from .kv_cache import KVCache, Prefix
 from .rope import RotaryTable, apply_rope
 
 
@@ -56,7 +58,7 @@ class Attention(nn.Module):
         self.fused: FusedLinear | None = None
         self._heads = config.num_attention_heads, config.num_key_value_heads
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | Prefix | None) -> Tensor:
         B, T, _ = x.shape
         q, k, v = self._project(x, rope)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -121,7 +123,7 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | Prefix | None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -136,16 +138,27 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
+class VirtualTokens(Protocol):
+    """What trains keys and values that every row sees before its own (posttrain/adapters/virtual_tokens.py)."""
+
+    num_virtual_tokens: int
+
+    def __call__(self, model: CausalLM) -> Prefix: ...
+
+
 class CausalLM(nn.Module):
     """A decoder and its head.
 
     `activation_checkpointing`: each layer is computed again in the backward pass instead of kept.
+    `virtual`: tokens that are seen before each row's first (in packed rows: before each segment's), at positions from 0
+    on; the rows' own follow. No argument and no result counts them, nor does a cache's length.
     """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
         self.activation_checkpointing = False
+        self.virtual: VirtualTokens | None = None
         self.fingerprint: str | None = None
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
@@ -163,6 +176,11 @@ class CausalLM(nn.Module):
                 module.weight.normal_(0.0, self.config.initializer_range)
                 if isinstance(module, nn.Linear) and module.bias is not None:
                     module.bias.zero_()
+
+    @property
+    def context_length(self) -> int:
+        """The longest sequence the positions are made for, beside the virtual tokens."""
+        return self.config.context_length - (self.virtual.num_virtual_tokens if self.virtual is not None else 0)
 
     def hidden(
         self,
@@ -182,33 +200,57 @@ class CausalLM(nn.Module):
         cache: its tokens are seen by these, which are appended to it.
         """
         B, T = input_ids.shape
-        past = 0
+        seen = self._seen(B, T, segment_ids, attention_mask, cache)
+        past = 0 if seen is None else seen.filled
+        valid = attention_mask
         if cache is not None:
-            if segment_ids is not None:
-                raise ValueError("segment_ids are for packed training batches; they cannot be used together with a cache")
-            if cache.batch_size != B:
-                raise ValueError(f"input_ids have {B} rows and the cache {cache.batch_size}")
-            past = cache.length
-            cache.reserve(T)
-            cache.mark(T, attention_mask)
-        valid = attention_mask if cache is None else cache.valid
-        valid = None if valid is None else valid[:, : past + T]
+            valid = None if cache.valid is None else cache.valid[:, : past + T]
+        elif seen is not None and valid is not None:
+            valid = F.pad(valid, (past, 0), value=True)
         x = self.model.embed_tokens(input_ids)
-        if position_ids is None and valid is not None:
+        if position_ids is not None and seen is not None:
+            position_ids = position_ids + seen.virtual_tokens
+        elif position_ids is None and valid is not None:
             position_ids = (valid.cumsum(1) - 1).clamp_(min=0)[:, past:]
         if position_ids is None:
             rope = self._rope.at(past, T, x.device, x.dtype)
         else:
             rope = self._rope.gather(position_ids, x.dtype)
-        masks = self._masks(past, T, valid, segment_ids, x)
+        places = self._places(past, position_ids, valid, segment_ids) if seen is not None and seen.virtual_tokens else None
+        masks = self._masks(past, T, valid, segment_ids, x, places)
         for layer, window in zip(self.model.layers, self.config.windows, strict=True):
             if self.activation_checkpointing and cache is None and torch.is_grad_enabled():
-                x = checkpoint(layer, x, rope, masks[window], None, use_reentrant=False)
+                x = checkpoint(layer, x, rope, masks[window], seen, use_reentrant=False)
             else:
-                x = layer(x, rope, masks[window], cache)
+                x = layer(x, rope, masks[window], seen)
         if cache is not None:
             cache.advance(T)
         return self.model.norm(x)
+
+    def _seen(
+        self, B: int, T: int, segment_ids: Tensor | None, attention_mask: Tensor | None, cache: KVCache | None
+    ) -> KVCache | Prefix | None:
+        """What T new tokens of B rows see beside each other: the cache, with room for them, or the virtual tokens."""
+        if cache is None:
+            return None if self.virtual is None else self.virtual(self)
+        if segment_ids is not None:
+            raise ValueError("segment_ids are for packed training batches; they cannot be used together with a cache")
+        if cache.batch_size != B:
+            raise ValueError(f"input_ids have {B} rows and the cache {cache.batch_size}")
+        if cache.virtual is not self.virtual:
+            cache.begin(self.virtual, None if self.virtual is None or cache.length else self.virtual(self))
+        cache.reserve(T)
+        cache.mark(T, attention_mask)
+        return cache
+
+    @staticmethod
+    def _places(past: int, position_ids: Tensor | None, valid: Tensor | None, segment_ids: Tensor | None) -> Tensor | None:
+        """Positions (B, S) where these are not the columns: padding or other segments lie after the virtual tokens."""
+        if valid is not None:
+            return valid.cumsum(1) - 1
+        if segment_ids is None or position_ids is None:
+            return None
+        return torch.cat((torch.arange(past, device=position_ids.device).expand(len(position_ids), past), position_ids), 1)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits (..., V) of hidden states (..., D)."""
@@ -228,7 +270,7 @@ class CausalLM(nn.Module):
         return self.head(self.hidden(input_ids, position_ids, segment_ids, attention_mask, cache))
 
     def _masks(
-        self, past: int, T: int, valid: Tensor | None, segment_ids: Tensor | None, x: Tensor
+        self, past: int, T: int, valid: Tensor | None, segment_ids: Tensor | None, x: Tensor, places: Tensor | None = None
     ) -> dict[int | None, Tensor | None]:
         """For each window in use, what is added to the scores (B or 1, 1, T, S); None: plain causal attention."""
         masks: dict[int | None, Tensor | None] = {}
@@ -240,12 +282,12 @@ class CausalLM(nn.Module):
                 continue
             rows = torch.arange(past, S, device=x.device)[:, None]
             columns = torch.arange(S, device=x.device)
-            allowed = columns <= rows
+            allowed = (columns <= rows)[None]
             if not whole:
-                allowed &= columns > rows - window  # type: ignore[operator]
-            allowed = allowed[None]
+                last = rows if places is None else places[:, past:, None]
+                allowed = allowed & ((columns if places is None else places[:, None, :]) > last - window)  # type: ignore[operator]
             if segment_ids is not None:
-                allowed = allowed & (segment_ids[:, :, None] == segment_ids[:, None, :])
+                allowed = allowed & F.pad(segment_ids[:, :, None] == segment_ids[:, None, :], (past, 0), value=True)
             if valid is not None:
                 # Padding sees itself, so that no row is empty: a softmax over nothing is NaN.
                 allowed = (allowed & valid[:, None, :]) | (columns == rows)

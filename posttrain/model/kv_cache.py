@@ -1,6 +1,12 @@
-"""Keys and values of the tokens seen so far, in memory allocated ahead; going back is setting `length`."""
+"""Keys and values of the tokens seen so far, in memory allocated ahead; going back is setting `length`.
+
+Virtual tokens, which an adapter trains, are keys and values that every row sees before its own (`Prefix`). They lie at
+the front of a cache and count in no `length`.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,10 +14,29 @@ from torch import Tensor
 from .config import ModelConfig
 
 
-class KVCache:
-    """keys, values: per layer (B, kv heads, capacity, head_dim), of which the first `length` positions are filled.
+class Prefix:
+    """Keys and values of P virtual tokens, which every row sees before its own; in a layer it takes a cache's place.
 
-    `length` may be lowered at any time (constant time: the positions past it are overwritten by the next tokens).
+    layers: per layer keys and values (1, kv heads, P, head_dim), as attention sees them: rotated to positions 0 .. P-1.
+    Differentiable; nothing is remembered.
+    """
+
+    def __init__(self, layers: list[tuple[Tensor, Tensor]]):
+        self.layers = layers
+        self.filled = self.virtual_tokens = layers[0][0].shape[2]
+
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """keys and values (B, kv heads, T, head_dim) behind the virtual tokens' (B, kv heads, P + T, head_dim)."""
+        size = keys.shape[0], -1, -1, -1
+        k, v = self.layers[layer]
+        return torch.cat((k.expand(size), keys), 2), torch.cat((v.expand(size), values), 2)
+
+
+class KVCache:
+    """keys, values: per layer (B, kv heads, capacity, head_dim), of which the first `filled` positions are.
+
+    The first `virtual_tokens` of these are an adapter's, the other `length` are the row's tokens. `length` may be
+    lowered at any time (constant time: the positions past it are overwritten by the next tokens).
     `valid` bool (B, capacity) marks the positions that are tokens rather than left padding; None while every one is.
     """
 
@@ -29,7 +54,9 @@ class KVCache:
         shape = (config.num_hidden_layers, 2, batch_size, config.num_key_value_heads, capacity, config.head_dim)
         self._data = torch.empty(shape, dtype=dtype, device=device)
         self._keys, self._values = self._views()
-        self._length = 0
+        self.filled = 0
+        self.virtual_tokens = 0
+        self.virtual: Any = None  # whose virtual tokens they are
         self.valid: Tensor | None = None
 
     def _views(self) -> tuple[list[Tensor], list[Tensor]]:
@@ -37,38 +64,59 @@ class KVCache:
 
     @property
     def length(self) -> int:
-        return self._length
+        return self.filled - self.virtual_tokens
 
     @length.setter
     def length(self, value: int) -> None:
-        if not 0 <= value <= self._length:
-            raise ValueError(f"cannot set a cache of {self._length} tokens to length {value}; it can only go back")
-        self._length = value
+        if not 0 <= value <= self.length:
+            raise ValueError(f"cannot set a cache of {self.length} tokens to length {value}; it can only go back")
+        self.filled = self.virtual_tokens + value
 
     @property
     def nbytes(self) -> int:
         return self._data.nbytes
 
+    def begin(self, virtual: Any, prefix: Prefix | None) -> None:
+        """Put the virtual tokens of `virtual` at the front (None: none), with as much room behind them as before.
+
+        ValueError unless the cache holds no tokens: those that it held have not seen them.
+        """
+        if self.length:
+            raise ValueError(
+                f"the cache holds {self.length} tokens that saw other virtual tokens ({self.virtual_tokens} of them) than the model's "
+                "present adapter has; begin a new cache after switching adapters"
+            )
+        count = 0 if prefix is None else prefix.virtual_tokens
+        capacity = self.capacity - self.virtual_tokens + count
+        if capacity != self.capacity:
+            self._data = self._data.new_empty((*self._data.shape[:4], capacity, self._data.shape[5]))
+            self._keys, self._values = self._views()
+        self.filled, self.capacity, self.virtual, self.virtual_tokens, self.valid = 0, capacity, virtual, count, None
+        if prefix is not None:
+            for layer, (keys, values) in enumerate(prefix.layers):
+                self.write(layer, keys, values)
+            self.advance(count)
+
     def reserve(self, count: int) -> None:
         """Make room for `count` more tokens, at least doubling the capacity when it grows."""
-        needed = self._length + count
+        needed = self.filled + count
         if needed <= self.capacity:
             return
         old, capacity = self._data, max(needed, 2 * self.capacity)
         self._data = old.new_empty((*old.shape[:4], capacity, old.shape[5]))
-        self._data[:, :, :, :, : self._length] = old[:, :, :, :, : self._length]
+        self._data[:, :, :, :, : self.filled] = old[:, :, :, :, : self.filled]
         if self.valid is not None:
             self.valid = torch.cat((self.valid, self.valid.new_ones(self.batch_size, capacity - self.capacity)), 1)
         self.capacity = capacity
         self._keys, self._values = self._views()
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Put keys and values (B, kv heads, T, head_dim) after the last token; the views (B, kv heads, length + T,
+        """Put keys and values (B, kv heads, T, head_dim) after the last token; the views (B, kv heads, filled + T,
         head_dim).
 
-        `length` itself moves when every layer has written: `advance`.
+        `filled` itself moves when every layer has written: `advance`.
         """
-        start, count = self._length, keys.shape[2]
+        start, count = self.filled, keys.shape[2]
         k, v = self._keys[layer], self._values[layer]
         k.narrow(2, start, count).copy_(keys)
         v.narrow(2, start, count).copy_(values)
@@ -80,10 +128,10 @@ class KVCache:
             return
         if self.valid is None:
             self.valid = torch.ones(self.batch_size, self.capacity, dtype=torch.bool, device=self._data.device)
-        self.valid[:, self._length : self._length + count] = True if attention_mask is None else attention_mask
+        self.valid[:, self.filled : self.filled + count] = True if attention_mask is None else attention_mask
 
     def advance(self, count: int) -> None:
-        self._length += count
+        self.filled += count
 
     def select(self, rows: Tensor) -> None:
         """Keep these rows of the batch, in this order (int64 indices; a row may be repeated)."""
