@@ -24,12 +24,19 @@ from .interface import (
     unmerge,
 )
 from .lora_config import LoraConfig
+from .p_tuning import PromptEncoderConfig
+from .prefix import PrefixTuningConfig
+from .prompt import PromptTuningConfig
+from .virtual_tokens import drop_encoder
 
 __all__ = [
     "METHODS",
     "BottleneckConfig",
     "IA3Config",
     "LoraConfig",
+    "PrefixTuningConfig",
+    "PromptEncoderConfig",
+    "PromptTuningConfig",
     "active_adapter",
     "adapter_configs",
     "adapter_names",
@@ -39,6 +46,7 @@ __all__ = [
     "delete_adapter",
     "disable",
     "disabled",
+    "drop_encoder",
     "enable",
     "is_merged",
     "load_adapter",

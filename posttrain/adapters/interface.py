@@ -15,6 +15,7 @@ most one acts. Each method is a module with the same functions, found in METHODS
     remove(model, name)                       the last one leaves the model as it was
 and where they make sense
     saved(model, name) -> {key: Tensor}       what goes to the file where that is not what trains
+    optional_shapes(model, config)            of tensors that a file may hold besides, all of them or none
     merge(model, name), unmerge(model), unload(model, name)
 
 Every function below that changes a model checks everything first: when it raises, the model is as it was.
@@ -37,16 +38,22 @@ from posttrain.errors import PosttrainError
 from posttrain.fingerprint import fingerprint
 from posttrain.model.config import ModelConfig
 
-from . import bottleneck, ia3, lora
+from . import bottleneck, ia3, lora, p_tuning, prefix, prompt
 from .bottleneck import BottleneckConfig
 from .ia3 import IA3Config
 from .lora_config import LoraConfig
+from .p_tuning import PromptEncoderConfig
 from .peft_format import read_adapter, write_adapter
+from .prefix import PrefixTuningConfig
+from .prompt import PromptTuningConfig
 
 METHODS: dict[type, ModuleType] = {
     LoraConfig: lora,
     BottleneckConfig: bottleneck,
     IA3Config: ia3,
+    PromptTuningConfig: prompt,
+    PrefixTuningConfig: prefix,
+    PromptEncoderConfig: p_tuning,
 }
 
 
@@ -303,7 +310,7 @@ def load_adapter(
         )
     try:
         config = _method(config).resolve(model, config)
-        expected = _method(config).shapes(model, config)
+        expected = _shapes_in(tensors, model, config)
     except ValueError as error:
         raise PosttrainError(f"the adapter in {path} does not fit this model: {error}") from error
     _check_keys(path, expected, tensors)
@@ -317,6 +324,14 @@ def config_from_peft(content: dict, source: str | os.PathLike) -> Any:
     if content.get("peft_type") not in types:
         raise PosttrainError(f"{source}: peft_type is {content.get('peft_type')!r}; supported are {', '.join(types)}")
     return types[content["peft_type"]].from_peft(content, source)
+
+
+def _shapes_in(tensors: dict[str, Tensor], model: nn.Module, config: Any) -> dict[str, tuple[int, ...]]:
+    """What a file with these tensors should hold, key by key."""
+    method = _method(config)
+    expected: dict[str, tuple[int, ...]] = method.shapes(model, config)
+    optional = method.optional_shapes(model, config) if hasattr(method, "optional_shapes") else {}
+    return expected | optional if optional.keys() & tensors.keys() else expected
 
 
 def _check_keys(path: str | os.PathLike, expected: dict[str, tuple[int, ...]], tensors: dict[str, Tensor]) -> None:

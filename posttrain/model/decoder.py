@@ -17,8 +17,10 @@ from .attention import attention
 from .config import ModelConfig
 from .functional import rms_norm, swiglu
 from .fused import FusedLinear
-from .kv_cache import KVCache, Prefix
+from .kv_cache import KVCache, Prefix, Recorder
 from .rope import RotaryTable, apply_rope
+
+Seen = KVCache | Prefix | Recorder  # what a layer writes keys and values to, and gets those that its queries see from
 
 
 class Embedding(nn.Embedding):
@@ -58,7 +60,7 @@ class Attention(nn.Module):
         self.fused: FusedLinear | None = None
         self._heads = config.num_attention_heads, config.num_key_value_heads
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | Prefix | None) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: Seen | None) -> Tensor:
         B, T, _ = x.shape
         q, k, v = self._project(x, rope)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -123,7 +125,7 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | Prefix | None) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: Seen | None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -226,6 +228,18 @@ class CausalLM(nn.Module):
         if cache is not None:
             cache.advance(T)
         return self.model.norm(x)
+
+    def prefix(self, embeddings: Tensor) -> Prefix:
+        """Keys and values, in every layer, of P virtual tokens given by their embeddings (P, D); differentiable.
+
+        Virtual tokens see only each other, so one row of them serves every row of a batch.
+        """
+        x, recorder = embeddings[None], Recorder()
+        rope = self._rope.at(0, len(embeddings), x.device, x.dtype)
+        masks = self._masks(0, len(embeddings), None, None, x)
+        for layer, window in zip(self.model.layers, self.config.windows, strict=True):
+            x = layer(x, rope, masks[window], recorder)
+        return Prefix(recorder.layers)
 
     def _seen(
         self, B: int, T: int, segment_ids: Tensor | None, attention_mask: Tensor | None, cache: KVCache | None

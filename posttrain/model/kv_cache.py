@@ -32,6 +32,18 @@ class Prefix:
         return torch.cat((k.expand(size), keys), 2), torch.cat((v.expand(size), values), 2)
 
 
+class Recorder:
+    """Keeps what each layer writes, for a `Prefix`; differentiable."""
+
+    def __init__(self) -> None:
+        self.layers: list[tuple[Tensor, Tensor]] = []
+
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys and values, as they are."""
+        self.layers.append((keys, values))
+        return keys, values
+
+
 class KVCache:
     """keys, values: per layer (B, kv heads, capacity, head_dim), of which the first `filled` positions are.
 
@@ -83,8 +95,8 @@ class KVCache:
         """
         if self.length:
             raise ValueError(
-                f"the cache holds {self.length} tokens that saw other virtual tokens ({self.virtual_tokens} of them) than the model's "
-                "present adapter has; begin a new cache after switching adapters"
+                f"the cache holds {self.length} tokens that saw {self.virtual_tokens} virtual tokens, and not those of the model's "
+                "present adapter; begin a new cache after switching adapters"
             )
         count = 0 if prefix is None else prefix.virtual_tokens
         capacity = self.capacity - self.virtual_tokens + count
