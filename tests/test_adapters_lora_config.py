@@ -40,9 +40,7 @@ def test_selects_what_peft_selects(settings):
     expected = [bool(found) and type(found).__name__ != "_ExcludedModule" for found in
                 (check_target_module_exists(theirs, name) for name in NAMES)]  # fmt: skip
     assert [matches(LoraConfig(**settings), name) for name in NAMES] == expected
-    assert any(expected) or settings["target_modules"].startswith(
-        "layers"
-    )  # the last: a regex must match from the start
+    assert any(expected) or settings["target_modules"].startswith("layers")  # the last: a regex must match from the start
 
 
 @pytest.mark.peers
@@ -75,9 +73,16 @@ def test_scaling():
         ({"rank_pattern": {"q": 0}}, r"rank_pattern\['q'\] is 0"),
         ({"lora_dropout": 1.0}, "lora_dropout is 1.0"),
         ({"lora_dropout": float("nan")}, "lora_dropout is nan"),
-        ({"bias": "all"}, "only bias='none'"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"init_lora_weights": "pissa"}, "'pissa'"),
+        ({"bias": "some"}, "bias is 'some'; expected one of none, all, lora_only"),
+        ({"modules_to_save": "lm_head"}, "modules_to_save is 'lm_head'; expected a list"),
+        ({"init_lora_weights": "pissa_niter_0"}, "'pissa_niter_0'"),
+        ({"init_lora_weights": "eva"}, "'eva'; expected True, False"),
+        ({"init_lora_weights": "orthogonal", "rank_pattern": {"q": 3}}, r"rank_pattern\['q'\] = 3; .* even ranks"),
+        ({"lora_bias": True, "use_dora": True}, "lora_bias goes with"),
+        ({"lora_bias": True, "init_lora_weights": "gaussian"}, "lora_bias goes with"),
+        ({"loftq_config": {"loftq_bits": 2}}, "loftq_bits 4"),
+        ({"loftq_config": {"loftq_iter": 0}}, "loftq_iter of at least 1"),
+        ({"loftq_config": {"bits": 4}}, "loftq_config has bits"),
         ({"target_modules": []}, "target_modules is empty"),
         ({"target_modules": "x", "layers_to_transform": 1}, "to be a list"),
         ({"target_modules": ["x"], "layers_pattern": "layers"}, "say which layers"),

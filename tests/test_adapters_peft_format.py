@@ -138,7 +138,7 @@ def test_content_is_pefts(tmp_path):
 
 def test_all_linear_is_written_as_whole_names_where_last_parts_say_more(tmp_path):
     model = torch.nn.ModuleDict({"a": torch.nn.ModuleDict({"x": torch.nn.Linear(3, 3)}), "x": torch.nn.Tanh()})
-    saved(tmp_path, model, LoraConfig())
+    saved(tmp_path, model, LoraConfig(r=2))
     assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == ["a.x"]
 
 
@@ -205,12 +205,16 @@ def config_with(**changes):
         (lambda p: (p / "adapter_config.json").write_text("{"), "is not JSON"),
         (lambda p: (p / "adapter_config.json").write_bytes(b"\xff"), "is not JSON in UTF-8"),
         (lambda p: (p / "adapter_config.json").write_text("[]"), "expected a JSON object"),
-        (config_with(peft_type="IA3"), "peft_type is 'IA3'"),
-        (config_with(use_dora=True), "use_dora is True"),
+        (config_with(peft_type="LOHA"), "peft_type is 'LOHA'"),
+        (config_with(use_dora=True), "lora_magnitude_vector is missing"),
+        (config_with(use_qalora=True), "use_qalora is True"),
+        (config_with(fan_in_fan_out=True), "fan_in_fan_out is True"),
         (config_with(r=0), "r is 0"),
-        (config_with(bias="all"), "only bias='none'"),
+        (config_with(bias="some"), "bias is 'some'"),
+        (config_with(init_lora_weights="loftq", loftq_config={"loftq_bits": 4}), "init_lora_weights is 'loftq'"),
         (config_with(init_lora_weights="pissa"), "path_initial_model_for_weight_conversion"),
-        (config_with(modules_to_save=["lm_head"]), "modules_to_save"),
+        (config_with(modules_to_save=["lm_head"]), "head is tied to model.embed_tokens"),
+        (config_with(modules_to_save=["model.norm"]), "base_model.model.model.norm.weight is missing"),
         (config_with(target_modules=["absent"]), "does not fit this model: .*matches no layer"),
     ],
 )

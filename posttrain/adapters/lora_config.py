@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar
 
 from torch import nn
@@ -16,16 +16,18 @@ from .peft_format import read_config
 
 # PEFT's fields that change what an adapter computes or holds, in ways that are not supported here: refused unless off.
 REFUSED = (
-    "fan_in_fan_out", "use_dora", "lora_bias", "layer_replication", "trainable_token_indices", "target_parameters",
-    "use_qalora", "alora_invocation_tokens", "use_bdlora", "arrow_config", "kasa_config", "velora_config",
-    "monteclora_config", "megatron_config",
+    "fan_in_fan_out", "layer_replication", "trainable_token_indices", "target_parameters", "use_qalora",
+    "alora_invocation_tokens", "use_bdlora", "arrow_config", "kasa_config", "velora_config", "monteclora_config",
+    "megatron_config",
 )  # fmt: skip
 # Fields that say how an adapter was initialised; nothing here depends on them.
 IGNORED = (
-    "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size", "ensure_weight_tying",
+    "megatron_core", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size", "ensure_weight_tying",
 )  # fmt: skip
-# Initialisations that leave the base as it was. The others (PiSSA, OLoRA, ...) train against a base that they changed.
+# Initialisations that leave the base as it was. The others (PiSSA, OLoRA, ...) train, in PEFT, against a base that they changed.
 HARMLESS_INIT = (True, False, "gaussian", "eva", "orthogonal")
+BIASES = ("none", "all", "lora_only")
+LOFTQ = {"loftq_bits": 4, "loftq_iter": 1, "quant_type": "nf4", "block_size": 64, "double_quant": True}
 
 
 def _by_pattern(pattern: dict, name: str, default):
@@ -52,8 +54,14 @@ class LoraConfig:
 
     target_modules: "all-linear" (all but the output head), a regular expression that must match a layer's whole name,
     or a list of names or of their last parts ("q_proj"). rank_pattern and alpha_pattern: {regular expression for the
-    end of a name: value}; the first that matches wins. init_lora_weights: True (A Kaiming-uniform, B zero), "gaussian"
-    (A normal with deviation 1/r, B zero) or False (both Kaiming-uniform: the output changes at once, for tests).
+    end of a name: value}; the first that matches wins.
+
+    init_lora_weights: True (A Kaiming-uniform, B zero), "gaussian" (A normal with deviation 1/r, B zero), "orthogonal",
+    "pissa", "pissa_niter_<n>", "olora", "loftq" (lora_init.py), or False (both Kaiming-uniform: the output changes at
+    once, for tests). loftq_config: PEFT's loftq_iter, and how to quantize: quant_type, block_size, double_quant.
+    use_dora: dora.py. lora_bias: a trained bias beside B. bias: which of the base's biases train, as copies of the
+    adapter's: "none", "lora_only" (of the layers with an update) or "all". modules_to_save: modules whose name ends so
+    train whole, as copies.
     """
 
     PEFT_TYPE: ClassVar[str] = "LORA"
@@ -69,8 +77,11 @@ class LoraConfig:
     layers_to_transform: int | list[int] | None = None
     layers_pattern: str | list[str] | None = None
     init_lora_weights: bool | str = True
+    use_dora: bool = False
+    lora_bias: bool = False
     bias: str = "none"
     modules_to_save: list[str] | None = None
+    loftq_config: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
         ranks = {"r": self.r, **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}}
@@ -79,12 +90,22 @@ class LoraConfig:
                 raise ValueError(f"{name} is {r!r}; a rank is a whole number of at least 1")
         if not 0.0 <= self.lora_dropout < 1.0:
             raise ValueError(f"lora_dropout is {self.lora_dropout}; expected 0 <= lora_dropout < 1")
-        if self.init_lora_weights not in (True, False, "gaussian"):
-            raise ValueError(f"init_lora_weights is {self.init_lora_weights!r}; expected True, False or 'gaussian'")
-        if self.bias != "none":
-            raise ValueError(f"bias is {self.bias!r}; only bias='none' is supported: biases stay frozen")
-        if self.modules_to_save:
-            raise ValueError(f"modules_to_save is {self.modules_to_save}; whole modules cannot be trained beside LoRA")
+        init = self.init_lora_weights
+        known = init in (True, False, "gaussian", "orthogonal", "pissa", "olora", "loftq")
+        if not known and not (isinstance(init, str) and re.fullmatch(r"pissa_niter_[1-9]\d*", init)):
+            raise ValueError(
+                f"init_lora_weights is {init!r}; expected True, False, 'gaussian', 'orthogonal', 'pissa', 'pissa_niter_<n>', "
+                "'olora' or 'loftq'"
+            )
+        if init == "orthogonal" and (odd := [f"{name} = {r}" for name, r in ranks.items() if r % 2]):
+            raise ValueError(f"{odd[0]}; init_lora_weights='orthogonal' takes even ranks")
+        if self.bias not in BIASES:
+            raise ValueError(f"bias is {self.bias!r}; expected one of {', '.join(BIASES)}")
+        if self.lora_bias and (self.use_dora or self.bias != "none" or init not in (True, False)):
+            raise ValueError("lora_bias goes with init_lora_weights=True, bias='none' and without use_dora")
+        if isinstance(self.modules_to_save, str):
+            raise ValueError(f"modules_to_save is {self.modules_to_save!r}; expected a list of names")
+        self._check_loftq()
         if not self.target_modules:
             raise ValueError("target_modules is empty; expected 'all-linear', a regular expression or a list of names")
         if isinstance(self.target_modules, str) and (self.layers_to_transform is not None or self.layers_pattern):
@@ -92,20 +113,61 @@ class LoraConfig:
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern is given without layers_to_transform; say which layers")
 
+    def _check_loftq(self) -> None:
+        loftq = self.loftq
+        if unknown := sorted(loftq.keys() - LOFTQ.keys()):
+            raise ValueError(f"loftq_config has {unknown[0]}; expected {', '.join(LOFTQ)}")
+        if loftq["loftq_bits"] != 4 or not isinstance(loftq["loftq_iter"], int) or loftq["loftq_iter"] < 1:
+            raise ValueError(f"loftq_config is {self.loftq_config}; expected loftq_bits 4 and loftq_iter of at least 1")
+
+    @property
+    def loftq(self) -> dict[str, Any]:
+        """loftq_config with its defaults."""
+        return {**LOFTQ, **self.loftq_config}
+
+    @property
+    def takes_weight(self) -> bool:
+        """Whether the adapter starts with a part of the base's weight (PiSSA, OLoRA), to be left out of the base."""
+        return str(self.init_lora_weights).startswith(("pissa", "olora"))
+
+    @property
+    def own_base(self) -> bool:
+        """Whether the adapter's base is not the model's quantization but LoftQ's after several steps."""
+        return self.init_lora_weights == "loftq" and self.loftq["loftq_iter"] > 1
+
     def to_peft(self, model: nn.Module) -> dict[str, Any]:
-        """adapter_config.json's content."""
-        return {**asdict(self), "peft_type": "LORA", "task_type": "CAUSAL_LM", "fan_in_fan_out": False, "inference_mode": True}
+        """adapter_config.json's content, which describes the adapter as saved: where it started with a part of the
+        weight, one of twice the rank on the whole weight."""
+        config = self
+        if self.takes_weight:
+            grown = math.sqrt(2) if self.use_rslora else 2
+            config = replace(
+                self,
+                r=2 * self.r,
+                lora_alpha=grown * self.lora_alpha,
+                rank_pattern={k: 2 * r for k, r in self.rank_pattern.items()},
+                alpha_pattern={k: grown * alpha for k, alpha in self.alpha_pattern.items()},
+            )
+        content = {**asdict(config), "init_lora_weights": self.init_lora_weights, "loftq_config": self.loftq}
+        if not self.own_base:
+            content["loftq_config"] = {}
+            if self.init_lora_weights not in HARMLESS_INIT:
+                content["init_lora_weights"] = True
+        return {**content, "peft_type": "LORA", "task_type": "CAUSAL_LM", "fan_in_fan_out": False, "inference_mode": True}
 
     @classmethod
     def from_peft(cls, content: dict[str, Any], source: str | os.PathLike) -> LoraConfig:
         """What an adapter_config.json describes. PosttrainError where it asks for what is not supported."""
         init = content.get("init_lora_weights", True)
-        if init not in HARMLESS_INIT:
+        loftq = content.get("loftq_config") or {}
+        ours = init == "loftq" and "quant_type" in loftq
+        if init not in HARMLESS_INIT and not ours:
             raise PosttrainError(
                 f"{source}: init_lora_weights is {init!r}, which changes the base; save the adapter in PEFT with "
                 "path_initial_model_for_weight_conversion to get one for the original base"
             )
-        content = {**content, "init_lora_weights": init if init in (True, False, "gaussian") else True}
+        if not ours:
+            content = {**content, "init_lora_weights": init if init in (True, False, "gaussian") else True, "loftq_config": {}}
         return read_config(cls, content, source, REFUSED, IGNORED)
 
     def rank(self, name: str) -> int:

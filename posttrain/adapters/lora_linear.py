@@ -1,166 +1,143 @@
-"""A frozen linear layer with a low-rank update: y = x W^T + bias + scaling dropout(x) A^T B^T.
+"""A frozen linear layer with low-rank updates by name: LoRA, and DoRA where an update has magnitudes.
 
-Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv:2106.09685), equation 3, with
-scaling = lora_alpha / r.
+    y = x W^T + bias + scaling dropout(x) A^T B^T                       posttrain/kernels/lora_linear.py
+    y = (m / ||W + scaling B A||) (x W^T + scaling x A^T B^T) + bias    posttrain/adapters/dora.py
 
-    x       (..., K)    fp64/fp32/fp16/bf16
-    weight  (N, K)      of x's dtype, or a QuantizedWeight of that shape
-    lora_A  (r, K)      any float dtype, as lora_B (N, r); cast to x's for the products, gradients return in their own
-    bias    (N,)        or None
-    keep    (..., K)    bool or None: dropout's mask on the low-rank path, x' = x * keep / (1 - dropout)
-    y       (..., N)    of x's dtype
-
-Backward, with dY (..., N) flattened to rows and V = scaling dY B (M, r), which dA and dX share:
-    dX = dY W + (V A) * keep / (1 - dropout)      dA = V^T x'
-    dB = scaling dY^T (x' A^T)                    dbias = sum of dY's rows
-Only x is saved: x A^T is computed again, 2 M K r flops, instead of kept until the backward pass, and no activation is
-copied into another dtype.
-Floor: 2 M K N flops forward and as many for dX; the low rank adds 2 M r (K + N) forward and M r (6 K + 4 N) backward.
+Initialisations that take a part of W into the adapter (PiSSA, OLoRA: lora_init.py) leave W - scaling B0 A0 as the base
+to train against. That matrix is never made: the layer computes with A' = [A; A0] and B' = [B, -B0] on W as it is, which
+is what PEFT writes when such an adapter is converted for the original base. It costs r more columns of low-rank work,
+and saves a second copy of the weight, its rounding, and, in 4 bits, quantizing it twice.
 """
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from collections.abc import Mapping
 
-from posttrain.kernels import QuantizedWeight, quantized_linear
+import torch
+from torch import Tensor, nn
+
+from posttrain.kernels import lora_linear
 from posttrain.quantized import QuantizedLinear
 
-
-def _dropped(x: Tensor, keep: Tensor | None, dropout: float) -> Tensor:
-    return x if keep is None else (x * keep).mul_(1.0 / (1.0 - dropout))
-
-
-def _times_weight(dy: Tensor, weight: Tensor | QuantizedWeight) -> Tensor:
-    """dY (M, N) W (N, K)."""
-    if isinstance(weight, QuantizedWeight):
-        return torch.ops.posttrain.quantized_linear_dx(
-            dy, *weight.tensors(), *weight.shape, weight.block_size, weight.quant_type
-        )
-    return dy @ weight
-
-
-class _LoraLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, lora_A, lora_B, bias, keep, scaling, dropout):
-        base = quantized_linear if isinstance(weight, QuantizedWeight) else F.linear
-        y = base(x, weight, bias)
-        A, scaled_B = lora_A.to(x.dtype), (lora_B * scaling).to(x.dtype)
-        rows = _dropped(x, keep, dropout).reshape(-1, x.shape[-1])
-        y.view(-1, y.shape[-1]).addmm_(rows @ A.t(), scaled_B.t())
-        dense = isinstance(weight, Tensor)
-        ctx.save_for_backward(x, lora_A, lora_B, keep, weight if dense else None)
-        ctx.weight = None if dense else weight
-        ctx.scaling, ctx.dropout = scaling, dropout
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        x, lora_A, lora_B, keep, weight = ctx.saved_tensors
-        weight = ctx.weight if weight is None else weight
-        need_x, need_weight, need_A, need_B, need_bias = ctx.needs_input_grad[:5]
-        shape, scaling = x.shape, ctx.scaling
-        dy = dy.reshape(-1, dy.shape[-1])
-        A, scaled_B = lora_A.to(dy.dtype), (lora_B * scaling).to(dy.dtype)
-        dx = dweight = dA = dB = dbias = None
-        V = dy @ scaled_B if need_x or need_A else None
-        if need_A or need_B:
-            rows = _dropped(x, keep, ctx.dropout).reshape(-1, shape[-1])
-            if need_A:
-                dA = (V.t() @ rows).to(lora_A.dtype)
-            if need_B:
-                dB = ((rows @ A.t()).t() @ dy).t().to(lora_B.dtype).mul_(scaling)
-        if need_x:
-            dx = _times_weight(dy, weight)
-            if keep is None:
-                dx.addmm_(V, A)
-            else:
-                dx.addcmul_(V @ A, keep.reshape(dx.shape), value=1.0 / (1.0 - ctx.dropout))
-            dx = dx.view(shape)
-        if need_weight:
-            dweight = dy.t() @ x.reshape(-1, shape[-1])
-        if need_bias:
-            dbias = dy.sum(0)
-        return dx, dweight, dA, dB, dbias, None, None, None
-
-
-def lora_linear(
-    x: Tensor,
-    weight: Tensor | QuantizedWeight,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    bias: Tensor | None = None,
-    *,
-    dropout: float = 0.0,
-    keep: Tensor | None = None,
-) -> Tensor:
-    """x W^T + bias + scaling dropout(x) A^T B^T. Differentiable in x, lora_A, lora_B, bias and a dense weight.
-
-    Dropout acts on the low-rank path alone. `keep` is its mask; without one it is drawn from torch's generator.
-    Raises ValueError where the shapes do not fit together.
-    """
-    N, K = weight.shape
-    r = lora_A.shape[0]
-    if x.shape[-1] != K or tuple(lora_A.shape) != (r, K) or tuple(lora_B.shape) != (N, r):
-        raise ValueError(
-            f"x {tuple(x.shape)}, lora_A {tuple(lora_A.shape)} and lora_B {tuple(lora_B.shape)} do not fit a weight of "
-            f"{N} x {K}; expected x (..., {K}), lora_A (r, {K}), lora_B ({N}, r)"
-        )
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"dropout is {dropout}; expected 0 <= dropout < 1")
-    if dropout and keep is None:
-        keep = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1.0 - dropout)
-    return _LoraLinear.apply(x, weight, lora_A, lora_B, bias, keep if dropout else None, scaling, dropout)
+from .dora import dora_linear, linear, row_squares, weight_norm
 
 
 class LoraLinear(nn.Module):
     """A frozen linear layer and its adapters by name, of which at most one acts.
 
+    An adapter's tensors, each in the table of that name:
+        lora_A (r, K), lora_B (N, r)     the update; without them the adapter is a trained bias
+        lora_A0 (r, K), lora_B0 (N, r)   A and -B as they started, where they started with a part of the weight; frozen
+        lora_magnitude_vector (N,)       makes it DoRA
+        lora_bias (N,)                   added, times the scaling
+        base_bias (N,)                   stands in for the base's bias
+        loftq_A (r, K), loftq_B (N, r)   what LoftQ left out of the weight when it quantized the base; frozen, saved
     base_layer is never written to: merging makes a second, dense layer, and unmerging drops it.
     """
+
+    FROZEN = ("lora_A0", "lora_B0", "loftq_A", "loftq_B")
+    TABLES = ("lora_A", "lora_B", "lora_magnitude_vector", "lora_bias", "base_bias", *FROZEN)
+    lora_A: nn.ParameterDict
+    lora_B: nn.ParameterDict
+    lora_A0: nn.ParameterDict
+    lora_B0: nn.ParameterDict
+    lora_magnitude_vector: nn.ParameterDict
+    lora_bias: nn.ParameterDict
+    base_bias: nn.ParameterDict
 
     def __init__(self, base_layer: nn.Linear | QuantizedLinear):
         super().__init__()
         self.base_layer = base_layer
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
-        self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
+        for table in self.TABLES:
+            setattr(self, table, nn.ParameterDict())
         self.scaling: dict[str, float] = {}
         self.dropout: dict[str, float] = {}
         self.active_adapter: str | None = None
         self.merged: nn.Linear | None = None
+        self._squares: Tensor | None = None
+        self._norm: tuple[tuple, Tensor] | None = None
 
-    def add(self, name: str, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout: float) -> None:
-        """Add an adapter: lora_A (r, in_features), lora_B (out_features, r)."""
-        self.lora_A[name], self.lora_B[name] = nn.Parameter(lora_A), nn.Parameter(lora_B)
+    def add(self, name: str, tensors: Mapping[str, Tensor], scaling: float = 1.0, dropout: float = 0.0) -> None:
+        """Add an adapter: `tensors` by the names of TABLES."""
+        for table, tensor in tensors.items():
+            getattr(self, table)[name] = nn.Parameter(tensor, requires_grad=table not in self.FROZEN)
         self.scaling[name], self.dropout[name] = scaling, dropout
 
     def drop(self, name: str) -> None:
         """Take an adapter away."""
-        for table in (self.lora_A, self.lora_B, self.scaling, self.dropout):
-            del table[name]
+        for table in map(self._table, self.TABLES):
+            if name in table:
+                del table[name]
+        del self.scaling[name], self.dropout[name]
         if self.active_adapter == name:
             self.active_adapter = None
 
+    def _table(self, table: str) -> nn.ParameterDict:
+        return getattr(self, table)
+
+    def tensors(self, name: str) -> dict[str, nn.Parameter]:
+        """An adapter's tensors by the names of TABLES; empty where it has none here."""
+        return {t: self._table(t)[name] for t in self.TABLES if name in self._table(t)}
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor]:
+        """(A, B) whose product, scaled, the adapter adds to the base's weight."""
+        A, B = self.lora_A[name], self.lora_B[name]
+        if name not in self.lora_A0:
+            return A, B
+        return torch.cat((A, self.lora_A0[name])), torch.cat((B, self.lora_B0[name]), 1)
+
+    def bias(self, name: str) -> Tensor | None:
+        """The layer's bias with the adapter."""
+        bias = self.base_bias[name] if name in self.base_bias else self.base_layer.bias
+        if name not in self.lora_bias:
+            return bias
+        scaled = self.lora_bias[name] * self.scaling[name]
+        return scaled if bias is None else scaled + bias
+
+    def norm(self, name: str, dtype: torch.dtype) -> Tensor:
+        """||W + scaling B A|| row by row. Kept while the layer is in eval mode and its factors are the same tensors,
+        unchanged (in place, by autograd's count: a write through `.data` is not seen)."""
+        factors = self.factors(name)
+        sources = [self._table(t)[name] for t in ("lora_A", "lora_B")]
+        known = not self.training and not any(source.is_inference() for source in sources)
+        key = (name, dtype, *((id(source), source._version) for source in sources)) if known else ()
+        if known and self._norm is not None and self._norm[0] == key:
+            return self._norm[1]
+        if self._squares is None:
+            self._squares = row_squares(self.base_layer.weight)
+        norm = weight_norm(self.base_layer.weight, self._squares, *factors, self.scaling[name], dtype)
+        self._norm = (key, norm) if known else None
+        return norm
+
     def merged_weight(self, name: str) -> Tensor:
-        """W + scaling B A, summed in fp32 and rounded once to the base's dtype (a 4-bit base is dequantized first)."""
+        """The adapted weight, summed in fp32 and rounded once to the base's dtype (a 4-bit base is dequantized first)."""
         weight = self.base_layer.weight
         weight = weight.detach() if isinstance(weight, Tensor) else weight.dequantize()
+        if name not in self.lora_A:
+            return weight
         wide = torch.promote_types(weight.dtype, torch.float32)
-        A, B = self.lora_A[name].detach().to(wide), self.lora_B[name].detach().to(wide)
-        return torch.addmm(weight.to(wide), B, A, alpha=self.scaling[name]).to(weight.dtype)
+        A, B = (factor.detach().to(wide) for factor in self.factors(name))
+        merged = torch.addmm(weight.to(wide), B, A, alpha=self.scaling[name])
+        if name in self.lora_magnitude_vector:
+            norm = torch.linalg.vector_norm(merged, dim=1)
+            merged *= (self.lora_magnitude_vector[name].detach() / norm.where(norm > 0, 1)).to(wide)[:, None]
+        return merged.to(weight.dtype)
 
-    def dense(self, weight: Tensor) -> nn.Linear:
-        """A frozen nn.Linear of that weight with the base's bias."""
-        bias = self.base_layer.bias
+    def dense(self, weight: Tensor, bias: Tensor | None) -> nn.Linear:
+        """A frozen nn.Linear of that weight and bias."""
         layer = nn.Linear(self.in_features, self.out_features, bias=bias is not None, device="meta", dtype=weight.dtype)
         layer.weight = nn.Parameter(weight, requires_grad=False)
         if bias is not None:
-            layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
+            layer.bias = nn.Parameter(bias.detach().to(weight.dtype), requires_grad=False)
         return layer
+
+    def merge_dense(self, name: str) -> nn.Linear:
+        """A dense layer that computes what this one does with the adapter. ValueError if its weight is not finite."""
+        weight = self.merged_weight(name)
+        if not torch.isfinite(weight).all():
+            raise ValueError("merging gives NaN or infinite weights; the adapter or the base is broken there")
+        return self.dense(weight, self.bias(name))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.merged is not None:
@@ -168,9 +145,25 @@ class LoraLinear(nn.Module):
         name = self.active_adapter
         if name is None:
             return self.base_layer(x)
-        dropout = self.dropout[name] if self.training else 0.0
-        base, A, B = self.base_layer, self.lora_A[name], self.lora_B[name]
-        return lora_linear(x, base.weight, A, B, self.scaling[name], base.bias, dropout=dropout)
+        weight, bias = self.base_layer.weight, self.bias(name)
+        if bias is not None and bias.dtype != x.dtype:
+            bias = bias.to(x.dtype)
+        if name not in self.lora_A:
+            return linear(x, weight, bias)
+        A, B = self.factors(name)
+        scaling, dropout = self.scaling[name], self.dropout[name] if self.training else 0.0
+        if name not in self.lora_magnitude_vector:
+            return lora_linear(x, weight, A, B, scaling, bias, dropout=dropout)
+        magnitude, norm = self.lora_magnitude_vector[name], self.norm(name, x.dtype)
+        return dora_linear(x, weight, A, B, scaling, magnitude, norm, bias, dropout=dropout)
+
+    def _apply(self, fn, recurse=True):
+        self._squares = self._norm = None
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        self._squares = self._norm = None
+        super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:
         return f"active_adapter={self.active_adapter!r}, merged={self.merged is not None}"
