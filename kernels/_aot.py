@@ -7,13 +7,14 @@ Used by tests/test_aot.py and `make aot`; nothing at run time imports it. Regist
 from __future__ import annotations
 
 import importlib
+import itertools
 import pkgutil
 import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import triton
@@ -75,13 +76,36 @@ class Report:
 
 
 def variants() -> Iterator[Variant]:
-    """The variants of every kernel file, found by their `aot_variants`."""
+    """The variants of every kernel file, found by their `aot_variants`, and each once more as unaligned arguments launch it."""
     package = __package__ or ""
     for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
         if not module.ispkg:
             found = getattr(importlib.import_module(f"{package}.{module.name}"), "aot_variants", None)
             if found is not None and found.__module__ == f"{package}.{module.name}":
-                yield from found()
+                for variant in found():
+                    yield replace(variant, unaligned=())
+                    if variant.unaligned:
+                        yield replace(variant, name=f"{variant.name}_unaligned")
+
+
+def covering(chosen: Sequence[Variant]) -> list[Variant]:
+    """As few of them as hold every pair of settings that occurs together in a launch of each kernel (greedily: not the fewest).
+
+    A setting is an argument's type or alignment, a constant or a compiler option. What the compiler makes of a kernel is decided
+    by one or two of them at a time, seldom by three, so pairs find nearly all that the whole product would, in a fraction of it.
+    """
+    pairs = []
+    for variant in chosen:
+        settings = [*variant.signature.items(), *variant.constexprs.items(), *variant.options.items()]
+        settings += [("warps", variant.num_warps), ("stages", variant.num_stages), ("unaligned", bool(variant.unaligned))]
+        kernel = variant.kernel.__name__
+        pairs.append({(kernel, *pair) for pair in itertools.combinations(sorted(map(repr, settings)), 2)})
+    taken, left = [], set().union(*pairs)
+    while left:
+        best = max(range(len(chosen)), key=lambda i: len(pairs[i] & left))  # the first of equals: the same choice every time
+        taken.append(best)
+        left -= pairs[best]
+    return [chosen[i] for i in sorted(taken)]
 
 
 def applies(variant: Variant, target: str) -> bool:
@@ -91,14 +115,18 @@ def applies(variant: Variant, target: str) -> bool:
 
 
 def compile_variant(variant: Variant, target: str):
-    """triton's CompiledKernel, specialised as a launch would: pointers and ":16" integers are multiples of 16."""
+    """triton's CompiledKernel, specialised as a launch would: pointers and ":16" integers are multiples of 16, but for those
+    in `unaligned`; on AMD a pointer's offsets fit 32 bits, as for every tensor below 2 GiB."""
     names = variant.kernel.arg_names
     types = {name: variant.signature.get(name, "constexpr") for name in names}
-    aligned = {
-        (i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types[name][0] == "*" or types[name].endswith(":16")
-    }
+    attributes: dict[tuple[int, ...], list] = {}
+    for i, name in enumerate(names):
+        known = [["tt.divisibility", 16]] if name not in variant.unaligned and re.match(r"\*|.*:16", types[name]) else []
+        if types[name][0] == "*" and TARGETS[target].target.backend == "hip":
+            known.append(["tt.pointer_range", 32])
+        attributes |= {(i,): known} if known else {}
     signature = {name: kind.split(":")[0] for name, kind in types.items()}
-    source = ASTSource(variant.kernel, signature, dict(variant.constexprs), aligned)
+    source = ASTSource(variant.kernel, signature, dict(variant.constexprs), attributes)
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, **variant.options}
     return triton.compile(source, target=TARGETS[target].target, options=options)
 

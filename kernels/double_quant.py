@@ -176,6 +176,7 @@ def aot_variants() -> Iterator[Variant]:
         {"absmax_ptr": "*fp32", **tables, "codes_ptr": "*u8", "n": "i32:16", "block_size": "i32:16"},
         {"TILE": 256},
         options={"enable_fp_fusion": False},
+        unaligned=("absmax_ptr", "n"),
     )
     yield Variant(
         "double_dequantize",
@@ -183,4 +184,5 @@ def aot_variants() -> Iterator[Variant]:
         {"codes_ptr": "*u8", **tables, "out_ptr": "*fp32", "n": "i32:16"},
         {"NESTED_BLOCK": 256, "TILE": _DEQUANTIZE_TILE},
         options={"enable_fp_fusion": False},
+        unaligned=("codes_ptr", "nested_ptr", "n"),
     )

@@ -322,6 +322,7 @@ def aot_variants() -> Iterator[Variant]:
                     {"BLOCK_SIZE": block_size, "ROWS": max(_QUANTIZE_TILE // block_size, 1), "QUANT_TYPE": quant_type},
                     num_warps=8,
                     options={"enable_fp_fusion": False},
+                    unaligned=("x_ptr", "n_blocks"),
                 )
             yield Variant(
                 f"quantize_{quant_type}_{dtype}_short",
@@ -330,6 +331,7 @@ def aot_variants() -> Iterator[Variant]:
                 {"TILE": BLOCK_SIZES[-1], "QUANT_TYPE": quant_type},
                 num_warps=8,
                 options={"enable_fp_fusion": False},
+                unaligned=("x_ptr", "absmax_ptr"),
             )
     nesting = ("dynamic_map_ptr", "nested_absmax_ptr", "nested_offset_ptr")
     integers = {"n": "i32:16", "n_bytes": "i32:16", "block_shift": "i32"}
@@ -347,6 +349,7 @@ def aot_variants() -> Iterator[Variant]:
                     constants | {"QUANT_TYPE": quant_type},
                     options={"enable_fp_fusion": False},
                     backends=("cuda",),
+                    unaligned=("absmax_ptr", "nested_absmax_ptr", "n_groups"),
                 )
         for dtype in ("fp32", "fp16", "bf16"):
             yield Variant(
@@ -355,4 +358,5 @@ def aot_variants() -> Iterator[Variant]:
                 source | {"values_ptr": "*fp32", "out_ptr": f"*{dtype}"} | integers,
                 constants,
                 options={"enable_fp_fusion": False},
+                unaligned=("packed_ptr", "absmax_ptr", "nested_absmax_ptr", "out_ptr", "n", "n_bytes"),
             )

@@ -25,6 +25,7 @@ Oracle: reference/quantized_linear.py.
 # (tuples of tensors grow while triton unrolls a loop)
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -32,6 +33,7 @@ from torch import Tensor
 
 from . import codebooks
 from ._lookup import decode_absmax
+from ._low_rank import NONE, LowRank, arguments, start_lanes
 from ._split_k import add_parts_triton
 from ._triton import backend, on_device_of, tl, triton
 from ._variant import Variant
@@ -73,12 +75,13 @@ def _load8(ptr, offs, mask, WARPS: tl.constexpr, LANES: tl.constexpr):
 @triton.jit(do_not_specialize=["M", "chunks_per_part", "block_shift"])
 def _quantized_linear_decode_kernel(
     x_ptr, packed_ptr, absmax_ptr, dynamic_map_ptr, nested_absmax_ptr, nested_offset_ptr, values_ptr, bias_ptr, y_ptr,
-    M, N, K, stride_xm, chunks_per_part, block_shift,
-    NESTED_BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT_K: tl.constexpr,
+    M, N, K, stride_xm, chunks_per_part, block_shift, s_ptr, lora_B_ptr, stride_sp, stride_sm, scaling,
+    NESTED_BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr,
     TILE_M: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr, LANES: tl.constexpr,
+    RANK: tl.constexpr, S_PARTS: tl.constexpr,
 ):  # fmt: skip
-    # One program owns WARPS * ROWS rows of W, TILE_M rows of x and one of SPLIT_K parts of K; a warp ROWS rows of W.
-    # y is (M, N), or float32 partial sums (SPLIT_K, M, N).
+    # One program owns WARPS * ROWS rows of W, TILE_M rows of x and one part of K; a warp ROWS rows of W.
+    # y is (parts, M, N): one part holds the whole sums, several are float32.
     warp = tl.arange(0, WARPS)[:, None]
     lane = tl.arange(0, LANES)[None, :]
     n0 = (tl.program_id(0) * WARPS + warp) * ROWS
@@ -90,8 +93,14 @@ def _quantized_linear_decode_kernel(
     end = tl.minimum(begin + chunks_per_part, chunks)
 
     acc = ()
-    for _ in tl.static_range(ROWS * TILE_M):
-        acc = acc + (tl.zeros((WARPS, LANES), tl.float32),)
+    if RANK == 0:
+        for _ in tl.static_range(ROWS * TILE_M):
+            acc = acc + (tl.zeros((WARPS, LANES), tl.float32),)
+    else:
+        acc = start_lanes(
+            s_ptr, lora_B_ptr, stride_sp, stride_sm, scaling, M, N, m0, n0, lane, x_ptr.dtype.element_ty,
+            ROWS, TILE_M, LANES, RANK, S_PARTS,
+        )  # fmt: skip
     for first in range(begin, end, LANES):
         c = first + lane  # this lane's chunk of the row: k from 32 c to 32 c + 31
         inside = c < end
@@ -146,15 +155,17 @@ def _quantized_linear_decode_kernel(
             mask_y = offs_n < tl.where(m0 + m < M, N, 0)
             if HAS_BIAS:
                 y += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)
-            row = (tl.program_id(2) * M + m0 + m).to(tl.int64) if SPLIT_K > 1 else (m0 + m).to(tl.int64)
+            row = tl.program_id(2).to(tl.int64) * M + m0 + m
             tl.store(y_ptr + row * N + offs_n, y.to(y_ptr.dtype.element_ty), mask=mask_y)
 
 
 def quantized_linear_decode_triton(
     x: Tensor, packed: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_offset: Tensor | None,
     nested_block_size: int, bias: Tensor | None, N: int, K: int, block_size: int, quant_type: str, split_k: int = 1,
+    low_rank: LowRank | None = None,
 ) -> Tensor:  # fmt: skip
-    """Launch the decode kernel on x (M, K), K a multiple of 32 and packed aligned to 16 bytes. Returns (M, N) in x's dtype."""
+    """Launch the decode kernel on x (M, K), K a multiple of 32 and packed aligned to 16 bytes. Returns (M, N) in x's dtype,
+    with the term of `low_rank` added."""
     M = x.shape[0]
     y = x.new_empty(M, N)
     out = y if split_k == 1 else x.new_empty(split_k, M, N, dtype=torch.float32)
@@ -167,8 +178,8 @@ def quantized_linear_decode_triton(
             x, packed, absmax, codebooks.on("DYNAMIC_MAP", x.device) if nested_block else None, nested_absmax, nested_offset,
             codebooks.on(quant_type.upper(), x.device), bias if split_k == 1 else None, out,
             M, N, K, x.stride(0), triton.cdiv(K // GROUP, split_k), (block_size // GROUP).bit_length() - 1,
-            NESTED_BLOCK=nested_block, HAS_BIAS=bias is not None and split_k == 1, SPLIT_K=split_k,
-            TILE_M=tile_m, ROWS=rows, WARPS=WARPS, LANES=lanes, num_warps=WARPS, enable_fp_fusion=False,
+            NESTED_BLOCK=nested_block, HAS_BIAS=bias is not None and split_k == 1,
+            TILE_M=tile_m, ROWS=rows, WARPS=WARPS, LANES=lanes, **arguments(low_rank), num_warps=WARPS, enable_fp_fusion=False,
         )  # fmt: skip
         if split_k > 1:
             add_parts_triton(out, bias, y)
@@ -181,28 +192,30 @@ def rows_per_warp(tile_m: int) -> int:
 
 
 def aot_variants() -> Iterator[Variant]:
-    """Every tile and dtype that the plan can choose (16-bit x of more than one row goes to the GEMM), nested and plain absmax,
-    whole sums and parts of K, though not all of their combinations."""
+    """Everything that `quantized_linear` can launch: 16-bit x of more than one row goes to the GEMM, and parts of K take no bias."""
     pointers = ("x", "packed", "absmax", "dynamic_map", "nested_absmax", "nested_offset", "values", "bias", "y")
-    for tile_m in ROW_TILES:
-        halves = (("bf16", True, 1), ("bf16", True, 4), ("fp16", False, 1), ("fp16", False, 4))
-        for dtype, nested, split_k in (("fp32", True, 1), ("fp32", False, 4), *(halves if tile_m == 1 else ())):
-            types = dict.fromkeys(pointers, "*fp32") | {"x": f"*{dtype}", "packed": "*u8", "bias": f"*{dtype}"}
-            types |= {"absmax": "*u8" if nested else "*fp32", "y": f"*{dtype}" if split_k == 1 else "*fp32"}
-            signature = {f"{name}_ptr": types[name] for name in pointers}
-            signature |= {"M": "i32", "N": "i32:16", "K": "i32:16", "stride_xm": "i32:16"}
-            signature |= {"chunks_per_part": "i32", "block_shift": "i32"}
-            for backend_name, lanes in (("cuda", 32), ("hip", 64)):
-                constexprs = {
-                    "NESTED_BLOCK": 256 if nested else 0, "HAS_BIAS": split_k == 1, "SPLIT_K": split_k,
-                    "TILE_M": tile_m, "ROWS": rows_per_warp(tile_m), "WARPS": WARPS, "LANES": lanes,
-                }  # fmt: skip
-                yield Variant(
-                    f"quantized_linear_decode_{dtype}_{tile_m}" + "_nested" * nested + "_split" * (split_k > 1),
-                    _quantized_linear_decode_kernel,
-                    signature | dict.fromkeys(constexprs, "constexpr"),
-                    constexprs,
-                    num_warps=WARPS,
-                    options={"enable_fp_fusion": False},
-                    backends=(backend_name,),
-                )
+    tiles = [("fp32", tile_m) for tile_m in ROW_TILES] + [("bf16", 1), ("fp16", 1)]
+    for (dtype, tile_m), nested, end, (backend_name, lanes) in itertools.product(
+        tiles, (False, True), ("", "bias", "part"), (("cuda", 32), ("hip", 64))
+    ):
+        if dtype == "fp32" and end == "part":
+            continue  # float32 sums without a bias, as the whole ones are
+        types = dict.fromkeys(pointers, "*fp32") | {"x": f"*{dtype}", "packed": "*u8", "absmax": "*u8" if nested else "*fp32"}
+        types |= {"bias": f"*{dtype}" if end == "bias" else "constexpr", "y": "*fp32" if end == "part" else f"*{dtype}"}
+        types |= {} if nested else dict.fromkeys(("dynamic_map", "nested_absmax", "nested_offset"), "constexpr")
+        signature = {f"{name}_ptr": types[name] for name in pointers}
+        signature |= {"M": "i32", "N": "i32:16", "K": "i32:16", "stride_xm": "i32:16"}
+        signature |= {"chunks_per_part": "i32", "block_shift": "i32"}
+        constexprs = {name: None for name, kind in signature.items() if kind == "constexpr"}
+        constexprs |= {"NESTED_BLOCK": 256 if nested else 0, "HAS_BIAS": end == "bias", "TILE_M": tile_m}
+        constexprs |= {"ROWS": rows_per_warp(tile_m), "WARPS": WARPS, "LANES": lanes} | NONE
+        yield Variant(
+            f"quantized_linear_decode_{dtype}_{tile_m}" + "_nested" * nested + f"_{end}" * bool(end),
+            _quantized_linear_decode_kernel,
+            signature | dict.fromkeys(constexprs, "constexpr"),
+            constexprs,
+            num_warps=WARPS,
+            options={"enable_fp_fusion": False},
+            backends=(backend_name,),
+            unaligned=("x_ptr", "absmax_ptr", "nested_absmax_ptr", "bias_ptr", "N", "stride_xm"),
+        )

@@ -30,6 +30,7 @@ Oracle: reference/quantized_linear.py.
 # (tuples of tensors grow while triton unrolls a loop)
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -37,6 +38,7 @@ from torch import Tensor
 
 from . import codebooks
 from ._lookup import decode_absmax
+from ._low_rank import NONE, LowRank, arguments, start_tile
 from ._split_k import add_parts_triton
 from ._triton import backend, on_device_of, tl, triton
 from ._variant import Variant
@@ -68,13 +70,13 @@ def _decode8(table, words, absmax, j: tl.constexpr, ROWS: tl.constexpr, dtype: t
 @triton.jit(do_not_specialize=["M", "tiles_per_part", "block_shift"])
 def _quantized_linear_gemm_kernel(
     x_ptr, packed_ptr, absmax_ptr, dynamic_map_ptr, nested_absmax_ptr, nested_offset_ptr, values_ptr, bias_ptr, y_ptr,
-    M, N, K, stride_xm, tiles_per_part, block_shift,
-    NESTED_BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT_K: tl.constexpr, EVEN_K: tl.constexpr,
+    M, N, K, stride_xm, tiles_per_part, block_shift, s_ptr, lora_B_ptr, stride_sp, stride_sm, scaling,
+    NESTED_BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, TILES_M: tl.constexpr, K_WIDTH: tl.constexpr,
-    WARPS: tl.constexpr, SHARED: tl.constexpr, OPAQUE: tl.constexpr,
+    WARPS: tl.constexpr, SHARED: tl.constexpr, OPAQUE: tl.constexpr, RANK: tl.constexpr, S_PARTS: tl.constexpr,
 ):  # fmt: skip
-    # One program owns BLOCK_N rows of W, TILES_M tiles of BLOCK_M rows of x and one of SPLIT_K parts of K.
-    # y is (M, N), or float32 partial sums (SPLIT_K, M, N). A lane holds ROWS rows' WORDS words of eight weights.
+    # One program owns BLOCK_N rows of W, TILES_M tiles of BLOCK_M rows of x and one part of K.
+    # y is (parts, M, N): one part holds the whole sums, several are float32. A lane holds ROWS rows' WORDS words of eight weights.
     ROWS: tl.constexpr = 1 if SHARED else 2
     WORDS: tl.constexpr = 2 if SHARED else 4
     BLOCK_N: tl.constexpr = 8 * ROWS * WARPS
@@ -101,8 +103,15 @@ def _quantized_linear_gemm_kernel(
     rows_x = tl.arange(0, BLOCK_M)
     offs_x = rows_x[:, None] * stride_xm + columns[None, :]
     acc = ()
-    for _ in tl.static_range(TILES_M):
-        acc = acc + (tl.zeros((BLOCK_N, BLOCK_M), tl.float32),)
+    for t in tl.static_range(TILES_M):
+        if RANK == 0:
+            acc = acc + (tl.zeros((BLOCK_N, BLOCK_M), tl.float32),)
+        else:
+            term = start_tile(
+                s_ptr, lora_B_ptr, stride_sp, stride_sm, scaling, M, N, m0 + t * BLOCK_M, n0, dtype,
+                BLOCK_M, BLOCK_N, RANK, S_PARTS,
+            )  # fmt: skip
+            acc = acc + (term,)
     for k0 in range(begin, end, BLOCK_K):
         c = k0 // 32 + lane % 4 * WORDS // 4
         inside = c < chunks
@@ -197,8 +206,10 @@ def _current_arch() -> tuple[str, int | str]:
 def quantized_linear_gemm_triton(
     x: Tensor, packed: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_offset: Tensor | None,
     nested_block_size: int, bias: Tensor | None, N: int, K: int, block_size: int, quant_type: str, split_k: int = 1,
+    low_rank: LowRank | None = None,
 ) -> Tensor:  # fmt: skip
-    """Launch the GEMM on x (M, K), K a multiple of 32 and packed aligned to 16 bytes. Returns (M, N) in x's dtype."""
+    """Launch the GEMM on x (M, K), K a multiple of 32 and packed aligned to 16 bytes. Returns (M, N) in x's dtype, with
+    the term of `low_rank` added."""
     M = x.shape[0]
     x = x if x.stride(0) < 2**25 else x.contiguous()  # a tile's offsets are 32-bit: 64 rows at most
     y = x.new_empty(M, N)
@@ -210,8 +221,8 @@ def quantized_linear_gemm_triton(
             x, packed, absmax, codebooks.on("DYNAMIC_MAP", x.device) if nested_block else None, nested_absmax, nested_offset,
             codebooks.on(quant_type.upper(), x.device), bias if split_k == 1 else None, out,
             M, N, K, x.stride(0), triton.cdiv(triton.cdiv(K, 128), split_k), (block_size // 32).bit_length() - 1,
-            NESTED_BLOCK=nested_block, HAS_BIAS=bias is not None and split_k == 1, SPLIT_K=split_k, EVEN_K=K % 128 == 0,
-            **tile, **options,
+            NESTED_BLOCK=nested_block, HAS_BIAS=bias is not None and split_k == 1, EVEN_K=K % 128 == 0,
+            **tile, **arguments(low_rank), **options,
         )  # fmt: skip
         if split_k > 1:
             add_parts_triton(out, bias, y)
@@ -219,28 +230,29 @@ def quantized_linear_gemm_triton(
 
 
 def aot_variants() -> Iterator[Variant]:
-    """Every tile of every target; each dtype, nested and plain absmax, whole sums and parts of K, K in whole tiles and not,
-    though not all of their combinations."""
+    """Everything that `quantized_linear` can launch on each target: 16-bit x, and parts of K take no bias."""
     pointers = ("x", "packed", "absmax", "dynamic_map", "nested_absmax", "nested_offset", "values", "bias", "y")
-    for backend_name, arch in (("cuda", 80), ("cuda", 90), ("cuda", 100), ("hip", "gfx942")):
-        for M in TILES:
-            for dtype, nested, split_k, even_k in (("bf16", True, 1, True), ("fp16", False, 4, False)):
-                tile, options = gemm_tile(M, backend_name, arch)
-                types = dict.fromkeys(pointers, "*fp32") | {"x": f"*{dtype}", "packed": "*u8", "bias": f"*{dtype}"}
-                types |= {"absmax": "*u8" if nested else "*fp32", "y": f"*{dtype}" if split_k == 1 else "*fp32"}
-                signature = {f"{name}_ptr": types[name] for name in pointers}
-                signature |= {"M": "i32", "N": "i32:16", "K": "i32:16", "stride_xm": "i32:16"}
-                signature |= {"tiles_per_part": "i32", "block_shift": "i32"}
-                constexprs = {
-                    "NESTED_BLOCK": 256 if nested else 0, "HAS_BIAS": split_k == 1, "SPLIT_K": split_k, "EVEN_K": even_k, **tile,
-                }  # fmt: skip
-                yield Variant(
-                    f"quantized_linear_gemm_{dtype}_{M}" + "_nested" * nested + "_split" * (split_k > 1),
-                    _quantized_linear_gemm_kernel,
-                    signature | dict.fromkeys(constexprs, "constexpr"),
-                    constexprs,
-                    num_warps=tile["WARPS"],
-                    options=options,
-                    backends=(backend_name,),
-                    archs=(arch,),
-                )
+    targets = (("cuda", 80), ("cuda", 90), ("cuda", 100), ("hip", "gfx942"))
+    for (backend_name, arch), M, dtype, nested, end, even_k in itertools.product(
+        targets, TILES, ("bf16", "fp16"), (False, True), ("", "bias", "part"), (True, False)
+    ):
+        tile, options = gemm_tile(M, backend_name, arch)
+        types = dict.fromkeys(pointers, "*fp32") | {"x": f"*{dtype}", "packed": "*u8", "absmax": "*u8" if nested else "*fp32"}
+        types |= {"bias": f"*{dtype}" if end == "bias" else "constexpr", "y": "*fp32" if end == "part" else f"*{dtype}"}
+        types |= {} if nested else dict.fromkeys(("dynamic_map", "nested_absmax", "nested_offset"), "constexpr")
+        signature = {f"{name}_ptr": types[name] for name in pointers}
+        signature |= {"M": "i32", "N": "i32:16", "K": "i32:16", "stride_xm": "i32:16"}
+        signature |= {"tiles_per_part": "i32", "block_shift": "i32"}
+        constexprs = {name: None for name, kind in signature.items() if kind == "constexpr"}
+        constexprs |= {"NESTED_BLOCK": 256 if nested else 0, "HAS_BIAS": end == "bias", "EVEN_K": even_k} | tile | NONE
+        yield Variant(
+            f"quantized_linear_gemm_{dtype}_{M}" + "_nested" * nested + f"_{end}" * bool(end) + "_tail" * (not even_k),
+            _quantized_linear_gemm_kernel,
+            signature | dict.fromkeys(constexprs, "constexpr"),
+            constexprs,
+            num_warps=tile["WARPS"],
+            options=options,
+            backends=(backend_name,),
+            archs=(arch,),
+            unaligned=("x_ptr", "absmax_ptr", "nested_absmax_ptr", "bias_ptr", "N", "stride_xm"),
+        )
