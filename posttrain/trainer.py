@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .adapters.lora_plus import parameter_groups
 from .checkpoint import checkpoints, keep_last, load_checkpoint, read_state, save_checkpoint, trainable
 from .errors import PosttrainError
 from .packing import Batch
@@ -32,7 +33,7 @@ from .progress import Metrics, ProgressLine, peak_memory, read_metrics
 IDENTITY = (
     "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",
     "lr_scheduler_type", "warmup_steps", "warmup_ratio", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
-    "max_grad_norm", "seed",
+    "max_grad_norm", "seed", "loraplus_lr_ratio",
 )  # fmt: skip
 
 
@@ -42,7 +43,8 @@ class TrainConfig:
 
     max_steps: optimizer steps; 0 lets num_train_epochs decide. warmup_ratio counts where warmup_steps is 0.
     max_grad_norm 0 does not clip. save_steps 0 keeps one checkpoint, the last. activation_checkpointing recomputes
-    each layer in the backward pass: about a third more work, memory of one layer instead of all.
+    each layer in the backward pass: about a third more work, memory of one layer instead of all. loraplus_lr_ratio
+    (PEFT's name): the rate of LoRA's B over learning_rate, which is A's (posttrain/adapters/lora_plus.py).
     """
 
     output_dir: str | os.PathLike
@@ -63,6 +65,7 @@ class TrainConfig:
     seed: int = 0
     save_steps: int = 0
     save_total_limit: int = 2
+    loraplus_lr_ratio: float | None = None
 
     def __post_init__(self):
         at_least = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "save_total_limit": 1}
@@ -70,9 +73,9 @@ class TrainConfig:
         for name, low in at_least.items():
             if not getattr(self, name) >= low:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least {low}")
-        for name in ("num_train_epochs", "learning_rate"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected more than 0")
+        for name in ("num_train_epochs", "learning_rate", "loraplus_lr_ratio"):
+            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} is {value}; expected more than 0")
         if not 0 <= self.warmup_ratio <= 1:
             raise ValueError(f"warmup_ratio is {self.warmup_ratio}; expected 0 to 1")
         if self.lr_scheduler_type not in ("cosine", "linear", "constant"):
@@ -147,8 +150,12 @@ def train(
     folder, device = Path(config.output_dir), parameters[0].device
     total = total_steps(config, len(data))
     identity = json.loads(json.dumps({k: v for k, v in asdict(config).items() if k in IDENTITY} | (identity or {})))
+    try:
+        groups = parameter_groups(trainable(model), config.loraplus_lr_ratio)
+    except ValueError as error:
+        raise PosttrainError(str(error)) from error
     optimizer = torch.optim.AdamW(
-        parameters,
+        groups,
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
@@ -172,7 +179,7 @@ def train(
                 optimizer.zero_grad()
                 raise PosttrainError(_not_finite(step + 1, losses, norm, items, folder))
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config, step, total)
+                group["lr"] = learning_rate(config, step, total) * group["lr_scale"]
             optimizer.step()
             optimizer.zero_grad()
             tokens += sum(batch.num_tokens for batch in batches)
@@ -208,9 +215,7 @@ def _begin(folder: Path, model, optimizer, identity: dict, seed: int, resume: bo
     done = checkpoints(folder)
     if not resume or not done:
         if done:
-            raise PosttrainError(
-                f"{folder} holds {done[-1].name} of an earlier run; resume it (--resume) or give another folder"
-            )
+            raise PosttrainError(f"{folder} holds {done[-1].name} of an earlier run; resume it (--resume) or give another folder")
         torch.manual_seed(seed)
         return 0, 0, 0.0
     before = read_state(done[-1])["identity"]
