@@ -2,7 +2,8 @@
 
     checkpoint-<step>/
         adapter_model.safetensors   the adapter as PEFT has it, with its adapter_config.json, so that any tool loads a
-                                    checkpoint; trainable.safetensors where something else trains
+                                    checkpoint; trainable.safetensors where something trains that an adapter's file
+                                    does not hold
         optimizer.safetensors       the optimizer's tensors, as <parameter>.<entry>
         trainer_state.json          the step, what the run was started with, the random states
 
@@ -42,7 +43,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def weights_file(model: nn.Module) -> str:
     """Name of the file with the trained weights."""
-    only_adapter = bool(active_adapter(model)) and trainable(model).keys() == saved_tensors(model).keys()
+    only_adapter = bool(active_adapter(model)) and trainable(model).keys() <= saved_tensors(model).keys()
     return WEIGHTS_FILE if only_adapter else "trainable.safetensors"
 
 
@@ -141,7 +142,8 @@ def load_checkpoint(path: str | os.PathLike, model: nn.Module, optimizer: torch.
     except (OSError, PosttrainError) as error:
         raise PosttrainError(f"{path} is damaged ({error}); resume from another checkpoint") from error
     parameters = trainable(model)
-    ours = {name: (tuple(p.shape), p.dtype) for name, p in parameters.items()}
+    expected = saved_tensors(model) if weights_file(model) == WEIGHTS_FILE else parameters
+    ours = {name: (tuple(p.shape), p.dtype) for name, p in expected.items()}
     theirs = {name: (tuple(t.shape), t.dtype) for name, t in weights.items()}
     if ours != theirs:
         different = sorted({name for name, _ in ours.items() ^ theirs.items()})

@@ -192,7 +192,7 @@ def perplexity(
     Defaults: window min(1024, context), stride window // 2. ValueError outside 2 <= window <= context and
     1 <= stride < window, or for a text of fewer than 2 tokens.
     """
-    context = model.config.context_length
+    context = model.context_length
     window = min(1024, context) if window is None else window
     stride = max(1, window // 2) if stride is None else stride
     if not 2 <= window <= context:
@@ -217,7 +217,7 @@ def perplexity(
 def _check_items(model: CausalLM, items: Sequence[ChoiceItem]) -> None:
     if not items:
         raise ValueError("nothing to evaluate: the list of items is empty")
-    context = model.config.context_length
+    context = model.context_length
     for i, item in enumerate(items):
         if not item.prompt or not item.choices or not all(item.choices):
             raise ValueError(f"item {i}: a prompt and each of its choices need at least one token")

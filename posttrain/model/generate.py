@@ -82,14 +82,16 @@ def generate(
 def _check_prompts(model: CausalLM, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; expected 0 or more")
-    context, vocab_size = model.config.context_length, model.config.vocab_size
+    context, vocab_size = model.context_length, model.config.vocab_size
+    virtual = model.config.context_length - context
     for i, prompt in enumerate(prompts):
         if not len(prompt):
             raise ValueError(f"prompt {i} is empty; a model needs at least one token to continue (its bos token, say)")
         if len(prompt) + max_new_tokens > context:
             raise ValueError(
                 f"prompt {i} has {len(prompt)} tokens, which with max_new_tokens={max_new_tokens} exceed the model's "
-                f"context of {context}; shorten the prompt or ask for fewer tokens"
+                f"context of {context}{f' (beside {virtual} virtual tokens)' if virtual else ''}; shorten the prompt or ask "
+                "for fewer tokens"
             )
         if not 0 <= min(prompt) <= max(prompt) < vocab_size:
             raise ValueError(
