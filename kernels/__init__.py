@@ -2,6 +2,7 @@
 from .double_quant import DoubleQuantized, double_dequantize, double_quantize
 from .lora_linear import lora_linear, lora_linear_group
 from .nf4 import dequantize_fp4, dequantize_nf4, quantize_fp4, quantize_nf4
+from .preference_loss import dpo_loss, preference_loss
 from .quantized_linear import quantized_linear
 from .quantized_weight import QuantizedWeight, quantize_weight
 
@@ -12,8 +13,10 @@ __all__ = [
     "dequantize_nf4",
     "double_dequantize",
     "double_quantize",
+    "dpo_loss",
     "lora_linear",
     "lora_linear_group",
+    "preference_loss",
     "quantize_fp4",
     "quantize_nf4",
     "quantize_weight",
