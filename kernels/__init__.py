@@ -1,14 +1,17 @@
 """Operations: tensors in, tensors out. Importing this imports torch; triton only where it is installed."""
 from .double_quant import DoubleQuantized, double_dequantize, double_quantize
 from .lora_linear import lora_linear, lora_linear_group
+from .multi_lora_linear import AdapterSegments, check_adapter_ids, multi_lora_linear, segment_rows
 from .nf4 import dequantize_fp4, dequantize_nf4, quantize_fp4, quantize_nf4
 from .preference_loss import dpo_loss, preference_loss
 from .quantized_linear import quantized_linear
 from .quantized_weight import QuantizedWeight, quantize_weight
 
 __all__ = [
+    "AdapterSegments",
     "DoubleQuantized",
     "QuantizedWeight",
+    "check_adapter_ids",
     "dequantize_fp4",
     "dequantize_nf4",
     "double_dequantize",
@@ -16,9 +19,11 @@ __all__ = [
     "dpo_loss",
     "lora_linear",
     "lora_linear_group",
+    "multi_lora_linear",
     "preference_loss",
     "quantize_fp4",
     "quantize_nf4",
     "quantize_weight",
     "quantized_linear",
+    "segment_rows",
 ]
