@@ -52,29 +52,26 @@ def _lora_linear_backward_cpu(
     return dx.view(x.shape) if need[0] else dx, dA.contiguous(), dB.contiguous()
 
 
-def _items(weights, absmaxes, nested, offsets, nested_block_size, As, Bs, scalings, *more):
-    """What one layer's op takes, for each layer of a group; a tensor that no layer has is None."""
-    count = len(weights)
-    optional = (list(t) or [None] * count for t in (absmaxes, nested, offsets))
-    for weight, *tensors, A, B, scaling, own in zip(weights, *optional, As, Bs, scalings, *(m or [None] * count for m in more)):
-        yield (weight, *tensors, nested_block_size, A, B, scaling), own
+def _bases(weights, absmaxes, nested, offsets, nested_block_size, *format) -> list[tuple]:
+    """The weight of each layer of a group as one tuple; a tensor that no layer has is None."""
+    optional = (list(tensors) or [None] * len(weights) for tensors in (absmaxes, nested, offsets))
+    return [(*tensors, nested_block_size, *format) for tensors in zip(weights, *optional, strict=True)]
 
 
 def _lora_linear_group_cpu(x, *rest):
-    *bases, biases, dropout, seed, Ns, K, block_size, quant_type = rest
-    own = zip(_items(*bases, biases), Ns, strict=True)
-    return [_lora_linear_cpu(x, *base, bias, dropout, seed, N, K, block_size, quant_type) for (base, bias), N in own]
+    *stored, As, Bs, scalings, biases, dropout, seed, Ns, K, block_size, quant_type = rest
+    bases, biases = _bases(*stored, block_size, quant_type), biases or [None] * len(Ns)
+    ys = cpu.lora_linear_group(_rows(x, K), bases, As, Bs, scalings, biases, dropout, seed, Ns, K)
+    return [y.view(*x.shape[:-1], N) for y, N in zip(ys, Ns, strict=True)]
 
 
 def _lora_linear_group_backward_cpu(dys, x, *rest):
-    *bases, dropout, seed, Ns, K, block_size, quant_type, need_x, need_A, need_B = rest
-    dx, dAs, dBs = x.new_empty(0), [], []
-    for (base, dy), N in zip(_items(*bases, dys), Ns, strict=True):
-        rest = (dropout, seed, N, K, block_size, quant_type, need_x, need_A, need_B)
-        through, dA, dB = _lora_linear_backward_cpu(dy, x, *base, *rest)
-        dx = through if not dAs or not need_x else dx.add_(through)
-        dAs.append(dA), dBs.append(dB)
-    return dx, dAs, dBs
+    *stored, As, Bs, scalings, dropout, seed, Ns, K, block_size, quant_type, need_x, need_A, need_B = rest
+    rows = [_rows(dy, N) for dy, N in zip(dys, Ns, strict=True)]
+    layers = (_bases(*stored, block_size, quant_type), As, Bs, scalings)
+    needs = (need_x, need_A, need_B)
+    dx, dAs, dBs = cpu.lora_linear_group_backward(rows, _rows(x, K), *layers, dropout, seed, Ns, K, *needs)
+    return dx.view(x.shape) if need_x else dx, [dA.contiguous() for dA in dAs], [dB.contiguous() for dB in dBs]
 
 
 def _empty_like(tensor: Tensor, wanted: bool) -> Tensor:

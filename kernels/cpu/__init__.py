@@ -5,13 +5,13 @@ from importlib.util import find_spec
 
 import torch
 
-from . import pytorch_lora
-
 if find_spec("._native", __package__) is not None:
     from . import native as engine
+    from . import native_lora as lora_engine
     from .native import multi_lora_add
 else:
     from . import pytorch as engine  # type: ignore[no-redef]
+    from . import pytorch_lora as lora_engine  # type: ignore[no-redef]
     from .pytorch_multi_lora import multi_lora_add
 
 quantize_4bit = engine.quantize_4bit
@@ -20,8 +20,10 @@ double_quantize = engine.double_quantize
 double_dequantize = engine.double_dequantize
 linear_4bit = engine.linear_4bit
 linear_4bit_dx = engine.linear_4bit_dx
-lora_linear = pytorch_lora.lora_linear
-lora_linear_backward = pytorch_lora.lora_linear_backward
+lora_linear = lora_engine.lora_linear
+lora_linear_backward = lora_engine.lora_linear_backward
+lora_linear_group = lora_engine.lora_linear_group
+lora_linear_group_backward = lora_engine.lora_linear_group_backward
 
 __all__ = [
     "dequantize_4bit",
@@ -32,6 +34,8 @@ __all__ = [
     "linear_4bit_dx",
     "lora_linear",
     "lora_linear_backward",
+    "lora_linear_group",
+    "lora_linear_group_backward",
     "multi_lora_add",
     "quantize_4bit",
 ]

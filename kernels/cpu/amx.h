@@ -19,6 +19,7 @@ static inline void configure_tiles(int left_rows, int right_columns) {
         c.rows[t] = t < 6 ? left_rows : 16;
         c.bytes_per_row[t] = t == 4 || t == 5 ? 64 : 4 * right_columns;
     }
+    __asm__ volatile("" : : "r"(&c) : "memory"); /* gcc believes that the instruction reads eight bytes: all 64 must be there */
     _tile_loadconfig(&c);
 }
 

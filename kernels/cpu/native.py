@@ -122,17 +122,22 @@ def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _dequantized(tensors: tuple, shape: tuple[int, int], dtype: torch.dtype, block_size: int, quant_type: str) -> Tensor:
-    """The whole weight in `dtype`, in memory that this thread uses again for its next weight: valid until then."""
-    n = shape[0] * shape[1]
-    size = n * dtype.itemsize
+def kept_memory(size: int) -> Tensor:
+    """`size` bytes or more of memory that this thread uses again: valid until its next call."""
     buffer = getattr(_local, "buffer", None)
     if buffer is None or buffer.numel() < size:
         buffer = torch.empty(size, dtype=torch.uint8)
         if size <= _KEPT_BYTES:
             _local.buffer = buffer
-    out = buffer[:size].view(dtype).view(shape)
-    _dequantize_into(out, *tensors, block_size, quant_type)
+    return buffer
+
+
+def _dequantized(tensors: tuple, shape: tuple[int, int], dtype: torch.dtype, block_size: int, quant_type: str) -> Tensor:
+    """The whole weight in `dtype`, in memory that this thread uses again for its next weight: valid until then."""
+    n = shape[0] * shape[1]
+    size = n * dtype.itemsize
+    out = kept_memory(size)[:size].view(dtype).view(shape)
+    _dequantize_into(out, *tensors, block_size=block_size, quant_type=quant_type)
     return out
 
 

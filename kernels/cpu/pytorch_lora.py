@@ -49,25 +49,22 @@ def dropout(x: Tensor, dropout: float, seed: int) -> Tensor:
     return torch.where(kept, x.to(torch.promote_types(x.dtype, torch.float32)) * (1.0 / (1.0 - dropout)), 0.0).to(x.dtype)
 
 
-def lora_linear(
-    x, weight, absmax, nested_absmax, nested_offset, nested_block_size, lora_A, lora_B, scaling, bias, p, seed, N, K,
-    block_size, quant_type,
-) -> Tensor:  # fmt: skip
-    """x (M, K), W (N, K) dense or packed ("none": dense), lora_A (r, K), lora_B (N, r), bias (N,) or None: (M, N)."""
+def lora_linear_on(engine, x, base, lora_A, lora_B, scaling, bias, p, seed, N, K) -> Tensor:
+    """lora_linear where `engine` has linear_4bit."""
+    *tensors, block_size, quant_type = base
     if quant_type == "none":
-        y = F.linear(x, weight, bias)
+        y = F.linear(x, tensors[0], bias)
     else:
-        tensors = (weight, absmax, nested_absmax, nested_offset, nested_block_size)
-        y = pytorch.linear_4bit(x, *tensors, bias, N, K, block_size, quant_type)
+        y = engine.linear_4bit(x, *tensors, bias, N, K, block_size, quant_type)
     s = dropout(x, p, seed) @ lora_A.to(x.dtype).t()
     return y.addmm_(s, (lora_B * scaling).to(x.dtype).t())
 
 
-def lora_linear_backward(
-    dy, x, weight, absmax, nested_absmax, nested_offset, nested_block_size, lora_A, lora_B, scaling, p, seed, N, K,
-    block_size, quant_type, need_x, need_A, need_B,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dX (M, K), dA (r, K), dB (N, r)) of dy (M, N); empty (0,) where not needed. dA, dB in their factors' dtypes."""
+def lora_linear_backward_on(
+    engine, dy, x, base, lora_A, lora_B, scaling, p, seed, N, K, need_x, need_A, need_B
+) -> tuple[Tensor, Tensor, Tensor]:
+    """lora_linear_backward where `engine` has linear_4bit_dx."""
+    *tensors, block_size, quant_type = base
     dx, dA, dB = x.new_empty(0), lora_A.new_empty(0), lora_B.new_empty(0)
     A, scaled_B = lora_A.to(x.dtype), (lora_B * scaling).to(x.dtype)
     if need_x or need_A:
@@ -79,10 +76,58 @@ def lora_linear_backward(
     if need_B:
         dB = ((dropped @ A.t()).t() @ dy).t().to(lora_B.dtype).mul_(scaling)
     if need_x:
-        if quant_type == "none":
-            dx = dy @ weight
-        else:
-            tensors = (weight, absmax, nested_absmax, nested_offset, nested_block_size)
-            dx = pytorch.linear_4bit_dx(dy, *tensors, N, K, block_size, quant_type)
+        dense = quant_type == "none"
+        dx = dy @ tensors[0] if dense else engine.linear_4bit_dx(dy, *tensors, N, K, block_size, quant_type)
         dx = dx.addmm_(V, A) if p == 0.0 else dx.add_(dropout(V @ A, p, seed))
     return dx, dA, dB
+
+
+def lora_linear_group_on(engine, x, bases, lora_As, lora_Bs, scalings, biases, p, seed, Ns, K) -> list[Tensor]:
+    """lora_linear_group where `engine` has linear_4bit: layer by layer."""
+    layers = zip(bases, lora_As, lora_Bs, scalings, biases, Ns, strict=True)
+    return [lora_linear_on(engine, x, base, A, B, scaling, bias, p, seed, N, K) for base, A, B, scaling, bias, N in layers]
+
+
+def lora_linear_group_backward_on(
+    engine, dys, x, bases, lora_As, lora_Bs, scalings, p, seed, Ns, K, need_x, need_A, need_B
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """lora_linear_group_backward where `engine` has linear_4bit_dx: layer by layer."""
+    dx, dAs, dBs = x.new_empty(0), [], []
+    for dy, base, A, B, scaling, N in zip(dys, bases, lora_As, lora_Bs, scalings, Ns, strict=True):
+        needs = (need_x, need_A, need_B)
+        through, dA, dB = lora_linear_backward_on(engine, dy, x, base, A, B, scaling, p, seed, N, K, *needs)
+        dx = through if not dAs or not need_x else dx.add_(through)
+        dAs.append(dA)
+        dBs.append(dB)
+    return dx, dAs, dBs
+
+
+def lora_linear(
+    x, weight, absmax, nested_absmax, nested_offset, nested_block_size, lora_A, lora_B, scaling, bias, p, seed, N, K,
+    block_size, quant_type,
+) -> Tensor:  # fmt: skip
+    """x (M, K), W (N, K) dense or packed ("none": dense), lora_A (r, K), lora_B (N, r), bias (N,) or None: (M, N)."""
+    base = (weight, absmax, nested_absmax, nested_offset, nested_block_size, block_size, quant_type)
+    return lora_linear_on(pytorch, x, base, lora_A, lora_B, scaling, bias, p, seed, N, K)
+
+
+def lora_linear_backward(
+    dy, x, weight, absmax, nested_absmax, nested_offset, nested_block_size, lora_A, lora_B, scaling, p, seed, N, K,
+    block_size, quant_type, need_x, need_A, need_B,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dX (M, K), dA (r, K), dB (N, r)) of dy (M, N); empty (0,) where not needed. dA, dB in their factors' dtypes."""
+    base = (weight, absmax, nested_absmax, nested_offset, nested_block_size, block_size, quant_type)
+    return lora_linear_backward_on(pytorch, dy, x, base, lora_A, lora_B, scaling, p, seed, N, K, need_x, need_A, need_B)
+
+
+def lora_linear_group(x, bases, lora_As, lora_Bs, scalings, biases, p, seed, Ns, K) -> list[Tensor]:
+    """[lora_linear(x, ...)] of layers that share x and the dropout: lists of what each takes, `bases` of the weight's tensors,
+    nested_block_size, block_size and quant_type."""
+    return lora_linear_group_on(pytorch, x, bases, lora_As, lora_Bs, scalings, biases, p, seed, Ns, K)
+
+
+def lora_linear_group_backward(
+    dys, x, bases, lora_As, lora_Bs, scalings, p, seed, Ns, K, need_x, need_A, need_B
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """(dX (M, K), [dA], [dB]) of [dy (M, N)]; empty (0,) where not needed."""
+    return lora_linear_group_backward_on(pytorch, dys, x, bases, lora_As, lora_Bs, scalings, p, seed, Ns, K, need_x, need_A, need_B)

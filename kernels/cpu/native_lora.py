@@ -1,0 +1,161 @@
+"""lora_linear of the native CPU engine.
+
+Many rows of bfloat16 on a machine with AMX: one product in C, in which the low rank is a few more steps and a group of layers
+is one layer more (lora_amx.c). Else the base product and torch's skinny ones.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from . import native, pytorch_lora
+
+_P, _L = ctypes.c_void_p, ctypes.c_int64
+_QUANT_TYPES = {"none": 0, "nf4": 0, "fp4": 1}
+# Fewer rows leave the packing of the weight unpaid.
+_AMX_ROWS = 64
+_MAX_LAYERS = 4  # in lora_amx.c
+
+
+class _Layer(ctypes.Structure):
+    """lora_layer in lora.h."""
+
+    _fields_ = [
+        *((name, _P) for name in ("weight", "absmax", "nested_absmax", "nested_offset")),
+        *((name, _L) for name in ("nested_block_size", "block_size", "quant_type")),
+        *((name, _P) for name in ("A", "B", "bias", "y", "dA", "dB")),
+        *((name, _L) for name in ("N", "r")),
+        ("scaling", ctypes.c_double),
+    ]
+
+
+class _Args(ctypes.Structure):
+    """lora_args in lora.h."""
+
+    _fields_ = [
+        *((name, _P) for name in ("x", "dropped", "dx", "low_rank", "workspace")),
+        *((name, _L) for name in ("M", "K", "layers", "threads")),
+        ("layer", ctypes.POINTER(_Layer)),
+    ]
+
+
+_library = native._library
+_library.lora_amx_bytes.argtypes, _library.lora_amx_bytes.restype = [ctypes.POINTER(_Args), ctypes.c_int], _L
+for _name in ("lora_amx_forward", "lora_amx_backward"):
+    getattr(_library, _name).argtypes = [ctypes.POINTER(_Args)]
+
+
+def _amx_takes(x: Tensor) -> bool:
+    return native.ISA == "amx" and x.dtype == torch.bfloat16 and x.shape[0] >= _AMX_ROWS and x.shape[1] > 0
+
+
+class _Call:
+    """The arguments of one call in C, and the tensors that they point into for as long as it lasts."""
+
+    def __init__(self, x: Tensor, dropped: Tensor):
+        self._alive: list[Tensor | None] = []
+        self._layers: list[_Layer] = []
+        pointers = self._pointer(x), self._pointer(dropped)
+        self.args = _Args(*pointers, None, None, None, *x.shape, 0, torch.get_num_threads(), None)
+
+    def _pointer(self, tensor: Tensor | None) -> int | None:
+        self._alive.append(tensor)
+        return None if tensor is None else tensor.data_ptr()
+
+    def add(self, base: tuple, A: Tensor, B: Tensor, bias, y: Tensor, dA, dB, scaling: float) -> None:
+        """One layer: y (M, N) is written forward and is dY backward."""
+        weight, absmax, nested_absmax, nested_offset, nested_block_size, block_size, quant_type = base
+        weight, absmax = weight.contiguous(), None if absmax is None else absmax.contiguous()
+        A, B = A.to(torch.bfloat16).contiguous(), B.to(torch.bfloat16).contiguous()
+        stored = [self._pointer(t) for t in (weight, absmax, nested_absmax, nested_offset)]
+        block_size = 0 if quant_type == "none" else block_size
+        own = [self._pointer(t) for t in (A, B, bias, y, dA, dB)]
+        sizes = (nested_block_size, block_size, _QUANT_TYPES[quant_type])
+        self._layers.append(_Layer(*stored, *sizes, *own, y.shape[1], A.shape[0], scaling))
+
+    def wants(self, dx: Tensor | None, V: Tensor | None) -> None:
+        self.args.dx, self.args.low_rank = self._pointer(dx), self._pointer(V)
+
+    def run(self, function, backward: bool) -> None:
+        layers = (_Layer * len(self._layers))(*self._layers)
+        self.args.layer, self.args.layers = layers, len(layers)
+        self.args.workspace = native.kept_memory(_library.lora_amx_bytes(self.args, backward)).data_ptr()
+        native._check(function(self.args))
+
+
+def _forward(x: Tensor, bases: list[tuple], As, Bs, scalings, biases, dropout: float, seed: int, Ns) -> list[Tensor]:
+    x = x.contiguous()
+    ys = [torch.empty(x.shape[0], N, dtype=x.dtype) for N in Ns]
+    call = _Call(x, pytorch_lora.dropout(x, dropout, seed))
+    for base, A, B, scaling, bias, y in zip(bases, As, Bs, scalings, biases, ys, strict=True):
+        call.add(base, A, B, bias, y, None, None, scaling)
+    call.run(_library.lora_amx_forward, False)
+    return ys
+
+
+def _backward(
+    dys, x: Tensor, bases: list[tuple], As, Bs, scalings, dropout: float, seed: int, need_x: bool, need_A: bool, need_B: bool
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    x = x.contiguous()
+    dx = torch.empty_like(x) if need_x else None
+    dAs = [torch.empty(A.shape) if need_A else None for A in As]
+    dBs = [torch.empty(B.shape) if need_B else None for B in Bs]
+    call = _Call(x, pytorch_lora.dropout(x, dropout, seed))
+    for base, A, B, scaling, dy, dA, dB in zip(bases, As, Bs, scalings, dys, dAs, dBs, strict=True):
+        call.add(base, A, B, None, dy.contiguous(), dA, dB, scaling)
+    V = x.new_empty(x.shape[0], sum(len(A) for A in As)) if need_x and dropout else None
+    call.wants(dx, V)
+    call.run(_library.lora_amx_backward, True)
+    if dx is None:
+        dx = x.new_empty(0)
+    elif V is not None:
+        dx += pytorch_lora.dropout(V @ torch.cat([A.to(x.dtype) for A in As]), dropout, seed)
+    dAs = [A.new_empty(0) if dA is None else dA.to(A.dtype) for A, dA in zip(As, dAs, strict=True)]
+    dBs = [B.new_empty(0) if dB is None else dB.to(B.dtype) for B, dB in zip(Bs, dBs, strict=True)]
+    return dx, dAs, dBs
+
+
+def lora_linear(
+    x, weight, absmax, nested_absmax, nested_offset, nested_block_size, lora_A, lora_B, scaling, bias, dropout, seed, N, K,
+    block_size, quant_type,
+) -> Tensor:  # fmt: skip
+    """x (M, K), W (N, K) dense or packed ("none": dense), lora_A (r, K), lora_B (N, r), bias (N,) or None: (M, N)."""
+    base = (weight, absmax, nested_absmax, nested_offset, nested_block_size, block_size, quant_type)
+    if not _amx_takes(x):
+        return pytorch_lora.lora_linear_on(native, x, base, lora_A, lora_B, scaling, bias, dropout, seed, N, K)
+    return _forward(x, [base], [lora_A], [lora_B], [scaling], [bias], dropout, seed, [N])[0]
+
+
+def lora_linear_backward(
+    dy, x, weight, absmax, nested_absmax, nested_offset, nested_block_size, lora_A, lora_B, scaling, dropout, seed, N, K,
+    block_size, quant_type, need_x, need_A, need_B,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dX (M, K), dA (r, K), dB (N, r)) of dy (M, N); empty (0,) where not needed. dA, dB in their factors' dtypes."""
+    base = (weight, absmax, nested_absmax, nested_offset, nested_block_size, block_size, quant_type)
+    needs = (need_x, need_A, need_B)
+    if not _amx_takes(x):
+        return pytorch_lora.lora_linear_backward_on(native, dy, x, base, lora_A, lora_B, scaling, dropout, seed, N, K, *needs)
+    dx, (dA,), (dB,) = _backward([dy], x, [base], [lora_A], [lora_B], [scaling], dropout, seed, *needs)
+    return dx, dA, dB
+
+
+def lora_linear_group(x, bases, lora_As, lora_Bs, scalings, biases, dropout, seed, Ns, K) -> list[Tensor]:
+    """[lora_linear(x, ...)] of layers that share x and the dropout: lists of what each takes, `bases` of the weight's tensors,
+    nested_block_size, block_size and quant_type."""
+    if not _amx_takes(x) or len(bases) > _MAX_LAYERS:
+        return pytorch_lora.lora_linear_group_on(native, x, bases, lora_As, lora_Bs, scalings, biases, dropout, seed, Ns, K)
+    return _forward(x, bases, lora_As, lora_Bs, scalings, biases, dropout, seed, Ns)
+
+
+def lora_linear_group_backward(
+    dys, x, bases, lora_As, lora_Bs, scalings, dropout, seed, Ns, K, need_x, need_A, need_B
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """(dX (M, K), [dA], [dB]) of [dy (M, N)]; empty (0,) where not needed."""
+    needs = (need_x, need_A, need_B)
+    if not _amx_takes(x) or len(bases) > _MAX_LAYERS:
+        group = pytorch_lora.lora_linear_group_backward_on
+        return group(native, dys, x, bases, lora_As, lora_Bs, scalings, dropout, seed, Ns, K, *needs)
+    return _backward(dys, x, bases, lora_As, lora_Bs, scalings, dropout, seed, *needs)
