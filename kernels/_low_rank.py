@@ -1,11 +1,12 @@
-"""The low-rank term of y = x W^T + scaling s B^T inside a kernel that computes x W^T: its sums start from it, not from zero.
+"""The low-rank term of y = x W^T + scaling s B^T inside a kernel that computes x W^T: part of its sums, no pass of its own.
 
 s          x's dtype (M, R), or float32 parts (S_PARTS, M, R) that add up to x' A^T, in order   (kernels/lora_linear_down.py)
 lora_B     any float dtype (N, R)                                                               rounded to x's dtype
 
 A program of the fused kernels owns whole rows of W, so it alone needs those rows of B, and every byte of B is read by one
 column of programs: itemsize R a row of W, against K / 2 of the row itself: 1.6 % at R = 16 in bfloat16 and K = 4096. s stays in
-the caches. No launch and no pass over y is added. Where K is cut into parts, the first part starts from the term.
+the caches. No launch and no pass over y is added. Where K is cut into parts, the first part holds the term. Decoding starts from
+it, its loads on their way beside W's; the GEMM ends with it, since before its loop it would cost registers that spill on an H100.
 """
 
 from __future__ import annotations
@@ -75,21 +76,20 @@ def start_lanes(
 
 
 @triton.jit
-def start_tile(
-    s_ptr, lora_B_ptr, stride_sp, stride_sm, scaling, M, N, m0, n0, dtype: tl.constexpr,
+def add_tile(
+    acc, s_ptr, lora_B_ptr, stride_sp, stride_sm, scaling, M, N, m0, n0, dtype: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, RANK: tl.constexpr, S_PARTS: tl.constexpr,
 ):  # fmt: skip
-    """float32 (BLOCK_N, BLOCK_M): the term of rows n0 .. of W and m0 .. of x, by tensor-core dots in x's dtype."""
+    """acc float32 (BLOCK_N, BLOCK_M) plus the term of rows n0 .. of W and m0 .. of x, by tensor-core dots in x's dtype."""
     rank = tl.where(tl.program_id(2) == 0, RANK, 0)
     BLOCK_R: tl.constexpr = 16 if RANK <= 16 else 32
     rows_m = m0 + tl.arange(0, BLOCK_M)
     rows_n = n0 + tl.arange(0, BLOCK_N)
-    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for j0 in tl.static_range(0, RANK, BLOCK_R):
+    for j0 in tl.range(0, RANK, BLOCK_R, num_stages=1):  # unrolled, 64 rows of x would not fit their 64 registers
         j = j0 + tl.arange(0, BLOCK_R)
         mask = (rows_m < M)[:, None] & (j < rank)[None, :]
-        s = _add_parts_of_s(s_ptr, rows_m.to(tl.int64)[:, None] * stride_sm + j[None, :], mask, stride_sp, S_PARTS)
+        s = _add_parts_of_s(s_ptr, rows_m.to(tl.int64)[:, None] * stride_sm + j[None, :], mask, stride_sp, S_PARTS) * scaling
         mask = (rows_n < N)[:, None] & (j < rank)[None, :]
         b = tl.load(lora_B_ptr + rows_n.to(tl.int64)[:, None] * RANK + j[None, :], mask=mask, other=0.0)
         acc = tl.dot(b.to(dtype), tl.trans(s.to(dtype)), acc, input_precision="ieee")
-    return acc * scaling
+    return acc

@@ -32,13 +32,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import codebooks
 from ._lookup import decode_absmax
-from ._low_rank import NONE, LowRank, arguments, start_tile
+from ._low_rank import NONE, LowRank, add_tile, arguments
 from ._split_k import add_parts_triton
 from ._triton import backend, on_device_of, tl, triton
 from ._variant import Variant
@@ -103,15 +104,8 @@ def _quantized_linear_gemm_kernel(
     rows_x = tl.arange(0, BLOCK_M)
     offs_x = rows_x[:, None] * stride_xm + columns[None, :]
     acc = ()
-    for t in tl.static_range(TILES_M):
-        if RANK == 0:
-            acc = acc + (tl.zeros((BLOCK_N, BLOCK_M), tl.float32),)
-        else:
-            term = start_tile(
-                s_ptr, lora_B_ptr, stride_sp, stride_sm, scaling, M, N, m0 + t * BLOCK_M, n0, dtype,
-                BLOCK_M, BLOCK_N, RANK, S_PARTS,
-            )  # fmt: skip
-            acc = acc + (term,)
+    for _ in tl.static_range(TILES_M):
+        acc = acc + (tl.zeros((BLOCK_N, BLOCK_M), tl.float32),)
     for k0 in range(begin, end, BLOCK_K):
         c = k0 // 32 + lane % 4 * WORDS // 4
         inside = c < chunks
@@ -165,7 +159,13 @@ def _quantized_linear_gemm_kernel(
     offs_n = n0 + tl.arange(0, BLOCK_N)
     for j in tl.static_range(TILES_M):
         offs_m = m0 + j * BLOCK_M + tl.arange(0, BLOCK_M)
-        y = tl.trans(acc[j])
+        sums = acc[j]
+        if RANK > 0:
+            sums = add_tile(
+                sums, s_ptr, lora_B_ptr, stride_sp, stride_sm, scaling, M, N, m0 + j * BLOCK_M, n0, dtype,
+                BLOCK_M, BLOCK_N, RANK, S_PARTS,
+            )  # fmt: skip
+        y = tl.trans(sums)
         if HAS_BIAS:
             y += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
         row = tl.program_id(2).to(tl.int64) * M + offs_m
@@ -232,10 +232,9 @@ def quantized_linear_gemm_triton(
 def aot_variants() -> Iterator[Variant]:
     """Everything that `quantized_linear` can launch on each target: 16-bit x, and parts of K take no bias."""
     pointers = ("x", "packed", "absmax", "dynamic_map", "nested_absmax", "nested_offset", "values", "bias", "y")
-    targets = (("cuda", 80), ("cuda", 90), ("cuda", 100), ("hip", "gfx942"))
-    for (backend_name, arch), M, dtype, nested, end, even_k in itertools.product(
-        targets, TILES, ("bf16", "fp16"), (False, True), ("", "bias", "part"), (True, False)
-    ):
+    targets: tuple[tuple[str, int | str], ...] = (("cuda", 80), ("cuda", 90), ("cuda", 100), ("hip", "gfx942"))
+    choices = itertools.product(TILES, ("bf16", "fp16"), (False, True), ("", "bias", "part"), (True, False))
+    for (backend_name, arch), (M, dtype, nested, end, even_k) in itertools.product(targets, choices):
         tile, options = gemm_tile(M, backend_name, arch)
         types = dict.fromkeys(pointers, "*fp32") | {"x": f"*{dtype}", "packed": "*u8", "absmax": "*u8" if nested else "*fp32"}
         types |= {"bias": f"*{dtype}" if end == "bias" else "constexpr", "y": "*fp32" if end == "part" else f"*{dtype}"}
@@ -243,7 +242,7 @@ def aot_variants() -> Iterator[Variant]:
         signature = {f"{name}_ptr": types[name] for name in pointers}
         signature |= {"M": "i32", "N": "i32:16", "K": "i32:16", "stride_xm": "i32:16"}
         signature |= {"tiles_per_part": "i32", "block_shift": "i32"}
-        constexprs = {name: None for name, kind in signature.items() if kind == "constexpr"}
+        constexprs: dict[str, Any] = {name: None for name, kind in signature.items() if kind == "constexpr"}
         constexprs |= {"NESTED_BLOCK": 256 if nested else 0, "HAS_BIAS": end == "bias", "EVEN_K": even_k} | tile | NONE
         yield Variant(
             f"quantized_linear_gemm_{dtype}_{M}" + "_nested" * nested + f"_{end}" * bool(end) + "_tail" * (not even_k),
