@@ -43,8 +43,12 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def weights_file(model: nn.Module) -> str:
     """Name of the file with the trained weights."""
-    only_adapter = bool(active_adapter(model)) and trainable(model).keys() <= saved_tensors(model).keys()
-    return WEIGHTS_FILE if only_adapter else "trainable.safetensors"
+    if not active_adapter(model):
+        return "trainable.safetensors"
+    files = saved_tensors(model)
+    # The adapter's file may hold something made of what trains, under its key: training cannot go on from that.
+    whole = all(key in files and files[key].is_set_to(p) for key, p in trainable(model).items())
+    return WEIGHTS_FILE if whole else "trainable.safetensors"
 
 
 def random_states() -> dict[str, Any]:

@@ -62,9 +62,9 @@ def _olora(W: Tensor, r: int) -> tuple[Tensor, Tensor]:
 
 def _orthogonal(N: int, K: int, r: int) -> tuple[Tensor, Tensor]:
     """(A, B) whose rows and columns lie in two halves of r dimensions that are orthogonal: B A = 0."""
-    Q, _ = torch.linalg.qr(torch.randn(r, r))
-    A = (torch.randn(K, r // 2) @ Q[0::2]).t() / 10
-    return A, torch.randn(N, r // 2) @ Q[1::2] / 10
+    Q, _ = torch.linalg.qr(torch.randn(r, r).double())
+    A = (torch.randn(K, r // 2).double() @ Q[0::2]).t() / 10
+    return A, torch.randn(N, r // 2).double() @ Q[1::2] / 10
 
 
 def _random(init: bool | str, N: int, K: int, r: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
