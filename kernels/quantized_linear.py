@@ -144,7 +144,8 @@ torch.library.register_autograd("posttrain::quantized_linear_dx", _backward_dx, 
 def quantized_linear(x: Tensor, w: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
     """x (..., K) times W (N, K) transposed, plus bias (N,): (..., N) in x's dtype. Differentiable in x and bias.
 
-    x: float32, float16 or bfloat16, any leading dimensions and strides; W is decoded to x's dtype whatever its own was.
+    x: float32, float16 or bfloat16, any leading dimensions and strides; W is decoded to x's dtype whatever its own was (for a
+    few rows it is not rounded at all).
     Raises TypeError for a weight that is no QuantizedWeight or for dtypes that do not fit, ValueError for shapes or devices
     that do not.
     """

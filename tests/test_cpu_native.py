@@ -181,6 +181,17 @@ def test_linear_and_dx_against_float64(isa, block_size, quant_type, nested, dtyp
     backward.check()
 
 
+@pytest.mark.parametrize("block_size", [64, 256])
+def test_a_row_longer_than_what_is_decoded_of_absmax_at_a_time(isa, block_size):
+    N, K = 2, 66304 - 64 * (block_size == 64)  # at 64, the last group of 128 is a half
+    tensors = weight(N, K, block_size)
+    x = torch.randn(2, K)
+    w = pytorch.dequantize_4bit(*tensors, (N, K), x.dtype, block_size, "nf4")
+    errors = Errors()
+    errors.add(native.linear_4bit(x, *tensors, None, N, K, block_size, "nf4"), F.linear(x, w), x.double() @ w.double().t())
+    errors.check()
+
+
 @pytest.mark.parametrize("M", [0, 1, 16, 64])
 def test_a_poisoned_weight_poisons_only_its_outputs(isa, M):
     w = torch.randn(40, 256)

@@ -205,7 +205,7 @@ int amx_available(void) {
     return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
 }
 
-int amx_usable(const linear_args *a) { return a->dtype == BFLOAT16 && a->M >= 1 && decodes_by_128(a); }
+int amx_usable(const linear_args *a) { return a->dtype == BFLOAT16 && a->M >= 1 && in_groups_of_128(a); }
 
 int amx_linear(const linear_args *a) {
     amx_job j = {.args = a, .padded = ceil_div(a->K, 128) * 128, .columns = a->M < 16 ? a->M : 16};

@@ -146,9 +146,9 @@ int linear_4bit(const void *x, int dtype, int64_t M, const uint8_t *packed, cons
                 int64_t N, int64_t K, void *y, int64_t threads) {
     weight w = make_weight(packed, absmax, nested_absmax, nested_offset, nested_block_size, block_size, quant_type);
     linear_args a = {x, bias, y, dtype, M, N, K, threads, &w, engine};
-    /* one or two rows leave most of a tile empty, and the dot product writes nothing in between; from three rows on AMX wins */
+    /* one or two rows leave most of a tile empty; from three on AMX wins */
     if (special_units >= AMX && M > 2 && amx_usable(&a)) return amx_linear(&a);
-    if (special_units >= DOT_BF16 && dot_bf16_usable(&a)) return dot_bf16_linear(&a);
+    if (engine == &isa_avx512 && lookup_usable(&a)) return lookup_linear(&a);
     return wide_linear(&a);
 }
 

@@ -22,12 +22,6 @@ static inline void decode128(const float *values, __m512i bytes, float absmax0, 
     out[3] = _mm512_permutexvar_epi16(_mm512_srli_epi16(odd, 8), table);
 }
 
-/* Whether rows of this weight are whole groups of 128 elements, the last one possibly half, with at most two blocks in each. */
-static inline int decodes_by_128(const linear_args *a) {
-    int64_t block_size = a->w->block_size;
-    return a->K % block_size == 0 && (block_size == 64 || block_size % 128 == 0);
-}
-
 /* The bytes of a row's group g, zero beyond the row. */
 static inline __m512i group_bytes(const uint8_t *row, int64_t g, int64_t K) {
     __mmask16 whole = (g + 1) * 128 <= K ? 0xffff : 0x00ff;

@@ -89,9 +89,15 @@ typedef struct {
 int wide_linear(const linear_args *a);
 int wide_linear_dx(const linear_args *a);
 
-/* Special units of some machines, bfloat16 only; `usable` says whether they take this shape. */
-int dot_bf16_usable(const linear_args *a);
-int dot_bf16_linear(const linear_args *a);
+/* Whether rows of the weight are whole groups of 128 elements, the last one possibly half, with at most two blocks in each. */
+static inline int in_groups_of_128(const linear_args *a) {
+    int64_t block_size = a->w->block_size;
+    return a->K % block_size == 0 && (block_size == 64 || block_size % 128 == 0);
+}
+
+/* What some machines do faster: AVX-512 for few rows, AMX for bfloat16; `usable` says whether it takes this shape. */
+int lookup_usable(const linear_args *a);
+int lookup_linear(const linear_args *a);
 int amx_available(void);
 int amx_usable(const linear_args *a);
 int amx_linear(const linear_args *a);

@@ -114,7 +114,7 @@ def _threads(weights: int) -> int:
 
 
 def _amx_takes(dtype: torch.dtype, K: int, block_size: int) -> bool:
-    """Whether the library's AMX products take this shape (decodes_by_128 in decode128.h)."""
+    """Whether the library's AMX products take this shape (in_groups_of_128 in native.h)."""
     return ISA == "amx" and dtype == torch.bfloat16 and K % block_size == 0 and block_size != 32
 
 

@@ -1,0 +1,111 @@
+/* x W^T for one to four rows of x with AVX-512: codes are looked up and multiplied, and absmax once the sum over its block.
+ *
+ *     y[m, n] = sum_b absmax[n, b] * (sum_{k in b} value[code[n, k]] * x[m, k]) + bias[n]
+ *
+ * A 64-byte load holds 16 dwords of eight nibbles, and vpermps looks up the lowest nibble of each: seven shifts bring the others
+ * there, with no mask and no shuffle, and x is laid out in that order. The dwords 0..7 and 8..15 may belong to two blocks. Products
+ * and sums are float32: the weight is rounded to no dtype, and nothing is written in between.
+ *
+ * Bytes: the packed weight once. Per 128 weights: 8 look-ups (port 5 alone), 7 shifts (port 0 alone), 8 M multiply-adds and M + 1
+ * more for absmax (either): 12.5 cycles at M = 1. vdpbf16ps would be more: it takes both ports for two cycles, and wants a table
+ * scaled and rounded for every block. */
+#include "scalar.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "target.h"
+
+BEGIN_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")
+
+enum { MAX_M = 4, MAX_BLOCKS = 256, AHEAD = 4096 /* bytes prefetched ahead */ };
+
+typedef struct {
+    const linear_args *args;
+    const float *x; /* (M, ldx): vector j of a group of 128 holds elements 8 i + (j ^ 1), zero beyond K */
+    int64_t ldx;
+} lookup_job;
+
+/* sums += 128 products, or 64 under the mask 0x00ff: each of M, `two_blocks` and `kept` is a constant of its copy. */
+static inline __attribute__((always_inline)) void multiply_group(const uint8_t *packed, const float *absmax, const float *x,
+                                                                 int64_t ldx, __m512 values, int M, int two_blocks,
+                                                                 __mmask16 kept, __m512 *sums) {
+    const __m512i nibbles = _mm512_maskz_loadu_epi32(kept, packed);
+    __m512 part[MAX_M], scale = _mm512_set1_ps(absmax[0]);
+    _mm_prefetch((const char *)packed + AHEAD, _MM_HINT_T0);
+    for (int s = 0; s < 8; s++) {
+        __m512 v = _mm512_permutexvar_ps(_mm512_srli_epi32(nibbles, 4 * s), values);
+        for (int m = 0; m < M; m++) {
+            __m512 xs = _mm512_loadu_ps(x + m * ldx + 16 * s);
+            part[m] = s ? _mm512_fmadd_ps(v, xs, part[m]) : _mm512_mul_ps(v, xs);
+        }
+    }
+    if (two_blocks) scale = _mm512_mask_broadcastss_ps(scale, 0xff00, _mm_load_ss(absmax + 1));
+    for (int m = 0; m < M; m++) sums[m] = _mm512_fmadd_ps(part[m], scale, sums[m]);
+}
+
+static inline __attribute__((always_inline)) void rows_times_x(const lookup_job *j, int64_t first, int64_t last, int M) {
+    const linear_args *a = j->args;
+    const int64_t K = a->K, groups = K / 128, block_size = a->w->block_size, blocks = K / block_size;
+    const int shift = __builtin_ctzll(block_size); /* a division for every group would cost as much as its look-ups */
+    const __m512 values = _mm512_loadu_ps(a->w->book->values);
+    float absmax[MAX_BLOCKS];
+    for (int64_t n = first; n < last; n++) {
+        __m512 sums[MAX_M];
+        for (int m = 0; m < M; m++) sums[m] = _mm512_setzero_ps();
+        const uint8_t *row = a->w->packed + n * K / 2;
+        for (int64_t b = 0; b < blocks; b += MAX_BLOCKS) {
+            const int64_t count = blocks - b < MAX_BLOCKS ? blocks - b : MAX_BLOCKS, begin = b * block_size / 128;
+            const int64_t end = (b + count) * block_size / 128;
+            a->engine->decode_absmax(a->w, n * blocks + b, count, absmax);
+            if (block_size == 64)
+                for (int64_t g = begin; g < end; g++)
+                    multiply_group(row + g * 64, absmax + 2 * (g - begin), j->x + g * 128, j->ldx, values, M, 1, 0xffff, sums);
+            else
+                for (int64_t g = begin; g < end; g++)
+                    multiply_group(row + g * 64, absmax + ((g - begin) * 128 >> shift), j->x + g * 128, j->ldx, values, M, 0,
+                                   0xffff, sums);
+        }
+        if (K % 128)
+            multiply_group(row + groups * 64, absmax + (blocks - 1) % MAX_BLOCKS, j->x + groups * 128, j->ldx, values, M, 0, 0x00ff,
+                           sums);
+        for (int m = 0; m < M; m++) {
+            float y = _mm512_reduce_add_ps(sums[m]) + (a->bias ? load_float(a->bias, a->dtype, n) : 0);
+            store_float(y, a->dtype, a->y, m * a->N + n);
+        }
+    }
+}
+
+static void lookup_task(void *context, int64_t thread, int64_t threads) {
+    const lookup_job *j = context;
+    const int64_t N = j->args->N, first = part_start(N, 1, thread, threads), last = part_start(N, 1, thread + 1, threads);
+    switch (j->args->M) { /* M becomes a constant of each copy, its sums registers */
+    case 1: rows_times_x(j, first, last, 1); break;
+    case 2: rows_times_x(j, first, last, 2); break;
+    case 3: rows_times_x(j, first, last, 3); break;
+    case 4: rows_times_x(j, first, last, 4); break;
+    }
+}
+
+int lookup_usable(const linear_args *a) { return a->M >= 1 && a->M <= MAX_M && in_groups_of_128(a); }
+
+int lookup_linear(const linear_args *a) {
+    const int64_t ldx = ceil_div(a->K, 128) * 128, size = a->dtype == FLOAT32 ? 4 : 2;
+    float *x = scratch(0, (a->M + 1) * ldx * sizeof(float)), *wide = x + a->M * ldx;
+    if (!x) return -1;
+    for (int64_t m = 0; m < a->M; m++) {
+        a->engine->widen((const char *)a->x + m * a->K * size, a->dtype, a->K, wide);
+        memset(wide + a->K, 0, (ldx - a->K) * sizeof(float));
+        for (int64_t g = 0; g < ldx; g += 128) /* the high nibble comes first: element 0 is at shift 4 */
+            for (int s = 0; s < 8; s++)
+                for (int i = 0; i < 16; i++) x[m * ldx + g + 16 * s + i] = wide[g + 8 * i + (s ^ 1)];
+    }
+    lookup_job j = {a, x, ldx};
+    run_parallel(lookup_task, &j, a->threads);
+    return 0;
+}
+END_TARGET
+#else
+int lookup_usable(const linear_args *a) { return (void)a, 0; }
+int lookup_linear(const linear_args *a) { return (void)a, -1; }
+#endif
