@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,12 +14,14 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
-from .adapters import LoraConfig, active_adapter, adapter_configs, attach, base_fingerprint, save_adapter
+from .adapters import active_adapter, adapter_configs, attach, base_fingerprint, save_adapter
 from .data import IGNORE_INDEX, Example, max_tokens
 from .errors import PosttrainError
 from .linear_cross_entropy import CHUNK, linear_cross_entropy
 from .model.decoder import CausalLM
+from .model.loading import save
 from .packing import Batch, collate, pack
+from .quantized import QuantizedLinear
 from .trainer import TrainConfig, TrainResult, train
 
 
@@ -60,7 +63,7 @@ def sft(
     model: CausalLM,
     examples: Sequence[Example],
     config: TrainConfig,
-    lora: LoraConfig | None = None,
+    adapter: Any = None,
     *,
     max_length: int | None = None,
     packing: bool = True,
@@ -71,10 +74,14 @@ def sft(
 ) -> TrainResult:
     """Fine-tune `model` (a posttrain.model CausalLM, dense or quantized) on `examples` (posttrain.data.load_dataset).
 
-    lora: attached first, with the config's seed, unless the model already has an adapter. packing: several examples
-    share a row of `max_length` tokens (the longest example's by default), none seeing another; a batch is then of
-    rows. The adapter is saved in config.output_dir in PEFT's format, beside metrics.jsonl, loss.svg and the
-    checkpoints. PosttrainError as `train`, and for an example longer than max_length or the model's context.
+    adapter: a configuration of posttrain.adapters (LoraConfig, BottleneckConfig, ...), attached first, with the config's
+    seed, unless the model already has an adapter. Without one all weights train, which must be dense; best in fp32,
+    since a step of a good size is lost in bfloat16's rounding. packing: several examples share a row of `max_length`
+    tokens (the longest example's by default), none seeing another; a batch is then of rows.
+
+    The adapter is saved in config.output_dir in PEFT's format (a whole model in its folder `model`, as Hugging Face has
+    it), beside metrics.jsonl, loss.svg and the checkpoints. PosttrainError as `train`, for an example longer than
+    max_length or the model's context, and for 4-bit weights without an adapter.
     """
     if not examples:
         raise PosttrainError("the training data holds no examples")
@@ -85,20 +92,32 @@ def sft(
             f"the longest example has {longest} tokens; max_length is {max_length} and the model's context {context}. "
             "Load the data with that max_length, which says what to do with longer ones"
         )
-    if lora is not None and active_adapter(model) is None:
+    if adapter is not None and active_adapter(model) is None:
         torch.manual_seed(config.seed)
-        attach(model, lora)
-    rows = pack(examples, max_length or longest) if packing else [[example] for example in examples]
+        attach(model, adapter)
     name = active_adapter(model)
-    adapter = adapter_configs(model)[name] if name else None
+    trained = adapter_configs(model)[name] if name else None
+    if trained is None and any(isinstance(module, QuantizedLinear) for module in model.modules()):
+        raise PosttrainError("4-bit weights cannot be trained themselves; give an adapter, or load the model without quantize")
+    rows = pack(examples, max_length or longest) if packing else [[example] for example in examples]
     identity = {
         "data": digest(examples),
         "rows": [packing, max_length],
-        "adapter": asdict(adapter) if adapter else None,
+        "adapter": asdict(trained) if trained else None,
         "base": base_fingerprint(model),
     }
+    if trained is None:
+        model.requires_grad_(True)
+        model.fingerprint = None  # it will be another base from the first step on
     run = partial(train, model, rows, partial(collate, pad_id=pad_id), loss_sum, config)
     result = run(resume=resume, identity=identity, quiet=quiet, on_step=on_step)
-    if adapter:
+    if trained is None:
+        save(model, model_folder(config))
+    else:
         save_adapter(model, config.output_dir)
     return result
+
+
+def model_folder(config: TrainConfig) -> Path:
+    """Where `sft` saves a model whose own weights it trained."""
+    return Path(config.output_dir) / "model"

@@ -13,7 +13,7 @@ import pytest
 
 from posttrain import cli, offline
 
-COMMANDS = ("quickstart", "fetch", "sft", "generate", "evaluate", "merge-adapter", "quantize", "doctor")
+COMMANDS = ("quickstart", "fetch", "sft", "adapters", "generate", "evaluate", "merge-adapter", "quantize", "doctor")
 
 
 def run(capsys, *argv: object) -> tuple[int, str, str]:
@@ -44,7 +44,7 @@ def test_examples_parse() -> None:
 
     parser = cli.build_parser()
     seen = 0
-    for module in (cli.quickstart, cli.fetch, cli.sft, cli.generate, cli.evaluate, cli.merge_adapter, cli.quantize):
+    for module in (cli.quickstart, cli.fetch, cli.sft, cli.adapters, cli.generate, cli.evaluate, cli.merge_adapter, cli.quantize):
         for line in module.EXAMPLES.splitlines():
             if "posttrain " in line and "$(" not in line:
                 words = shlex.split(line.partition("posttrain ")[2])

@@ -30,8 +30,8 @@ def cache_folder() -> Path:
     return cache_dir()
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, adapter: bool = True) -> None:
-    """--model, --adapter, --quantize, --dtype, --device."""
+def add_model_arguments(parser: argparse.ArgumentParser, adapter: bool = True, dtype: str | None = "bf16") -> None:
+    """--model, --adapter, --quantize, --dtype (`dtype` None: the command decides), --device."""
     parser.add_argument(
         "--model",
         required=True,
@@ -39,12 +39,12 @@ def add_model_arguments(parser: argparse.ArgumentParser, adapter: bool = True) -
         help="a Hugging Face folder, or a name: smollm2-135m (fetched), offline (comes with posttrain)",
     )
     if adapter:
-        parser.add_argument("--adapter", metavar="PATH", help="a LoRA adapter folder in PEFT's format")
+        parser.add_argument("--adapter", metavar="PATH", help="an adapter's folder, in PEFT's format")
         parser.add_argument("--any-base", action="store_true", help="load --adapter even on another base than its own")
     else:
         parser.set_defaults(adapter=None)
     parser.add_argument("--quantize", choices=QUANT_TYPES, help="hold the linear layers in 4 bits (default: as stored)")
-    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="default %(default)s")
+    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default=dtype, help=f"default {dtype or 'bf16'}")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default %(default)s)")
 
 

@@ -1,7 +1,7 @@
-"""Merge a LoRA adapter into its base and write a plain Hugging Face folder.
+"""Merge an adapter into its base and write a plain Hugging Face folder.
 
-W + scaling B A is added in float32 and rounded once to --dtype. The base is loaded unquantized; the adapter's
-fingerprint must be that of the base.
+For methods that change weights: LoRA and DoRA (W + scaling B A, computed in float32 and rounded once to --dtype) and
+(IA)^3. The base is loaded unquantized; the adapter's fingerprint must be that of the base.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import argparse
 
 from posttrain.cli.common import resolve_model
 
-HELP = "merge a LoRA adapter into its base model"
+HELP = "merge an adapter into its base model"
 EXAMPLES = """\
 examples:
   posttrain merge-adapter --model smollm2-135m --adapter quickstart-output/adapter --output merged
@@ -21,7 +21,7 @@ examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="PATH", help="the base: a folder, or smollm2-135m, offline")
-    parser.add_argument("--adapter", required=True, metavar="PATH", help="a LoRA adapter folder in PEFT's format")
+    parser.add_argument("--adapter", required=True, metavar="PATH", help="an adapter's folder, in PEFT's format")
     parser.add_argument("--any-base", action="store_true", help="merge even into another base than the adapter's own")
     parser.add_argument("--output", required=True, metavar="PATH", help="folder to write")
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="default %(default)s")

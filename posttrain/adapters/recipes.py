@@ -1,0 +1,50 @@
+"""`posttrain sft --method`: each method's adapter unless said otherwise, and the rate it learns at.
+
+The adapters' sizes are the papers' or PEFT's usual ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from .bottleneck import BottleneckConfig
+from .ia3 import IA3Config
+from .lora_config import LoraConfig
+from .p_tuning import PromptEncoderConfig
+from .prefix import PrefixTuningConfig
+from .prompt import PromptTuningConfig
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """kind: the adapter's configuration, made with `defaults`; None trains the model's own weights. quantize: the base's
+    format unless another is asked for."""
+
+    kind: type | None
+    learning_rate: float
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    quantize: str | None = None
+
+    def adapter(self, **given: Any) -> Any:
+        """The configuration with these fields instead of the defaults. ValueError for a field that the method lacks."""
+        known = {f.name for f in fields(self.kind)} if self.kind is not None else set()
+        if unknown := sorted(given.keys() - known):
+            what = "the method trains the model's own weights" if self.kind is None else f"it takes {', '.join(sorted(known))}"
+            raise ValueError(f"{', '.join(unknown)} is no setting of this method; {what}")
+        return None if self.kind is None else self.kind(**{**self.defaults, **given})
+
+
+_LORA = {"r": 8, "lora_alpha": 16}
+RECIPES: dict[str, Recipe] = {
+    "lora": Recipe(LoraConfig, 1e-3, _LORA),
+    "qlora": Recipe(LoraConfig, 1e-3, _LORA, quantize="nf4"),
+    "dora": Recipe(LoraConfig, 1e-3, _LORA | {"use_dora": True}),
+    "adapter": Recipe(BottleneckConfig, 1e-3),
+    "prefix": Recipe(PrefixTuningConfig, 1e-2, {"num_virtual_tokens": 20, "init_weights": "zero"}),
+    "prompt": Recipe(PromptTuningConfig, 1e-2, {"num_virtual_tokens": 20, "prompt_tuning_init": "SAMPLE_VOCAB"}),
+    "p-tuning": Recipe(PromptEncoderConfig, 1e-3, {"num_virtual_tokens": 20}),
+    "ia3": Recipe(IA3Config, 1e-2),
+    "full": Recipe(None, 2e-5),
+}
