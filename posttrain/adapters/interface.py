@@ -302,6 +302,16 @@ def load_adapter(
     content, tensors, trained_on = read_adapter(path)
     config = config_from_peft(content, path)
     _check_new(model, config, name)
+    config = fitting(model, path, config, tensors, trained_on, any_base)
+    wide = {key: tensor.to(dtype or torch.promote_types(tensor.dtype, torch.float32)) for key, tensor in tensors.items()}
+    return _attach(model, config, name, dtype, wide)
+
+
+def fitting(
+    model: nn.Module, path: str | os.PathLike, config: Any, tensors: dict[str, Tensor], trained_on: str | None, any_base: bool
+) -> Any:
+    """The configuration of an adapter read from `path`, resolved on this model. PosttrainError where its keys or shapes do not fit
+    the model, or where it was trained on another base, unless any base will do."""
     here = base_fingerprint(model)
     if not any_base and None not in (trained_on, here) and trained_on != here:
         raise PosttrainError(
@@ -314,8 +324,7 @@ def load_adapter(
     except ValueError as error:
         raise PosttrainError(f"the adapter in {path} does not fit this model: {error}") from error
     _check_keys(path, expected, tensors)
-    wide = {key: tensor.to(dtype or torch.promote_types(tensor.dtype, torch.float32)) for key, tensor in tensors.items()}
-    return _attach(model, config, name, dtype, wide)
+    return config
 
 
 def config_from_peft(content: dict, source: str | os.PathLike) -> Any:

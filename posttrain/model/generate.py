@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from contextlib import nullcontext
 
 import torch
 
@@ -23,6 +24,7 @@ def generate(
     stop_ids: Collection[int] = (),
     seed: int | None = None,
     on_token: Callable[[int, int], None] | None = None,
+    adapter_ids: Sequence[str | None] | None = None,
 ) -> list[list[int]]:
     """The new tokens of each prompt, in order, without the stop token that ended it.
 
@@ -30,8 +32,11 @@ def generate(
     for every token as it is chosen, stop tokens excepted. seed fixes the draws (of the whole batch); None draws from
     torch's own generator.
 
+    adapter_ids: for each prompt the name of a served adapter (posttrain/adapters/serving.py), or None for the base
+    alone; without them all prompts go through the base and the adapter that is attached, if any.
+
     Raises ValueError for an empty prompt, an id outside the vocabulary, or a prompt that with max_new_tokens exceeds
-    the context.
+    the context, or a name that no served adapter has.
     """
     check_sampling(temperature, top_k, top_p)
     _check_prompts(model, prompts, max_new_tokens)
@@ -50,7 +55,7 @@ def generate(
     rows = list(range(len(prompts)))  # the prompt that each row of the batch continues
     running = [True] * len(rows)
     try:
-        with fused_projections(model):
+        with _adapters(model, adapter_ids, len(prompts), weight.device) as batch, fused_projections(model):
             for step in range(max_new_tokens):
                 hidden = model.hidden(input_ids, attention_mask=attention_mask, cache=cache)
                 chosen = sample(model.head(hidden[:, -1]), temperature, top_k, top_p, generator)
@@ -70,6 +75,8 @@ def generate(
                     kept = torch.tensor([i for i, going in enumerate(running) if going], device=weight.device)
                     cache.select(kept)
                     chosen = chosen[kept]
+                    if batch is not None:
+                        batch.set(batch.ids[kept])
                     rows = [rows[i] for i in kept.tolist()]
                     running = [True] * len(rows)
                 input_ids, attention_mask = chosen[:, None], None
@@ -77,6 +84,16 @@ def generate(
         if was_training:
             model.train()
     return outputs
+
+
+def _adapters(model: CausalLM, adapter_ids: Sequence[str | None] | None, count: int, device: torch.device):
+    """A context in which each prompt goes through its own adapter; it gives the batch that says which."""
+    if adapter_ids is None:
+        return nullcontext()
+    served = model.__dict__.get("served_adapters")
+    if served is None:
+        raise ValueError("adapter_ids are given and the model serves no adapters; load them with posttrain.adapters.serving.load")
+    return served.rows(adapter_ids, count, device)
 
 
 def _check_prompts(model: CausalLM, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:

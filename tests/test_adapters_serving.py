@@ -1,0 +1,291 @@
+"""Many adapters on one base: each request as with its adapter alone, hot swap, names, errors."""
+
+from __future__ import annotations
+
+import functools
+import json
+import threading
+
+import pytest
+import torch
+from model_cases import random_model
+
+from posttrain import adapters, offline
+from posttrain.adapters import LoraConfig, serving
+from posttrain.adapters.serving import MultiLoraLinear
+from posttrain.errors import PosttrainError
+from posttrain.model import generate, load
+from posttrain.quantized import quantize_model
+
+CONFIGS = {
+    "all": LoraConfig(r=8, lora_alpha=16, init_lora_weights=False),
+    "small": LoraConfig(r=3, lora_alpha=12, target_modules=["q_proj", "down_proj"], init_lora_weights=False),
+    "patterned": LoraConfig(
+        r=4, rank_pattern={"q_proj": 12}, alpha_pattern={"v_proj": 9}, use_rslora=True, init_lora_weights=False,
+        target_modules=["q_proj", "v_proj", "up_proj"],
+    ),
+    "late": LoraConfig(r=2, lora_alpha=8, target_modules=["o_proj"], layers_to_transform=[2], init_lora_weights=False),
+}  # fmt: skip
+PROMPTS = [[3, 14, 15, 92, 6], [5], [1, 2, 3, 4, 5, 6, 7], [9, 8, 7], [5], [40, 41]]
+
+
+def make_model(quantized: bool = False, dtype=torch.float32):
+    torch.manual_seed(7)
+    model = random_model("smollm2", dtype)
+    if quantized:
+        quantize_model(model)
+    return model
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Adapters of the dense model's fingerprint, which is also that of its quantization."""
+    root, found = tmp_path_factory.mktemp("adapters"), {}
+    for seed, (name, config) in enumerate([*CONFIGS.items(), ("newer", CONFIGS["all"])]):
+        model = make_model()
+        torch.manual_seed(seed)
+        adapters.attach(model, config, name)
+        adapters.save_adapter(model, root / name)
+        found[name] = root / name
+    return found
+
+
+@functools.cache
+def _attached(folder, quantized):
+    model = make_model(quantized)
+    if folder is not None:
+        adapters.load_adapter(model, folder)
+    return model
+
+
+@functools.cache
+def _alone(folder, prompt, quantized, count):
+    return generate(_attached(folder, quantized), [prompt], count)[0]
+
+
+def alone(folders, name, prompts=PROMPTS, quantized=False, count=10):
+    """What each prompt gets by itself, with that adapter attached and nothing else."""
+    folder = None if name is None else folders[name]
+    return [_alone(folder, tuple(prompt), quantized, count) for prompt in prompts]
+
+
+def serve(folders, names=CONFIGS, quantized=False):
+    model = make_model(quantized)
+    for name in names:
+        serving.load(model, name, folders[name])
+    return model
+
+
+REQUESTS = ["small", None, "all", "patterned", "late", "all"]
+
+
+@pytest.mark.parametrize("quantized", (False, True))
+def test_each_request_gets_what_its_adapter_alone_gives(folders, quantized):
+    model = serve(folders, quantized=quantized)
+    mixed = generate(model, PROMPTS, 10, adapter_ids=REQUESTS)
+    expected = [alone(folders, name, [prompt], quantized)[0] for name, prompt in zip(REQUESTS, PROMPTS, strict=True)]
+    assert mixed == expected
+    assert len({tuple(alone(folders, name, [[5]], quantized)[0]) for name in (None, *CONFIGS)}) == 5  # they differ
+    assert generate(model, PROMPTS, 10) == alone(folders, None, quantized=quantized)  # no ids: the base
+    assert generate(model, PROMPTS, 10, adapter_ids=[None] * 6) == alone(folders, None, quantized=quantized)
+
+
+def test_rows_that_end_leave_the_others_their_adapters(folders):
+    """Stop tokens thin the batch out in the middle; each remaining row keeps its own adapter."""
+    names = ["all", None, "small", "patterned"] * 2
+    prompts = [[i, 2 * i + 1] for i in range(1, 9)]
+    free = [alone(folders, name, [prompt], count=16)[0] for name, prompt in zip(names, prompts, strict=True)]
+    stop = {free[0][2], free[1][3], free[2][4], free[5][1]}
+    cut = [tokens[: next((i for i, t in enumerate(tokens) if t in stop), len(tokens))] for tokens in free]
+    assert len({len(tokens) for tokens in cut}) > 2
+    assert generate(serve(folders), prompts, 16, stop_ids=stop, adapter_ids=names) == cut
+
+
+def test_a_swap_in_the_middle_changes_that_adapter_alone(folders):
+    """ "all" is replaced by "newer" after four tokens: its own request goes on differently, the others as before."""
+    model, seen = serve(folders), []
+
+    def swap(row, token):
+        seen.append(row)
+        if seen.count(0) == 4 and row == 0:
+            serving.replace(model, "all", folders["newer"])
+
+    prompts, names = [[5], [5], [5]], ["all", "small", None]
+    swapped = generate(model, prompts, 12, on_token=swap, adapter_ids=names)
+    before = [alone(folders, name, [[5]], count=12)[0] for name in names]
+    assert swapped[1:] == before[1:]
+    assert swapped[0][:4] == before[0][:4] and swapped[0] != before[0]
+    assert generate(model, [[5]], 12, adapter_ids=["all"]) == alone(folders, "newer", [[5]], count=12)
+
+
+def test_adapters_come_while_others_generate(folders):
+    """Room grows in the middle of a generation, in ids and in ranks."""
+    model = serve(folders, ["small"])
+
+    def arrive(row, token):
+        if serving.names(model) == ["small"]:
+            serving.load(model, "all", folders["all"])
+            serving.load(model, "patterned", folders["patterned"])
+
+    assert generate(model, [[5]], 10, on_token=arrive, adapter_ids=["small"]) == alone(folders, "small", [[5]])
+    assert serving.names(model) == ["small", "all", "patterned"]
+    assert generate(model, [[5]], 10, adapter_ids=["patterned"]) == alone(folders, "patterned", [[5]])
+
+
+def test_a_removed_adapter_leaves_nothing_behind(folders):
+    model = serve(folders)
+    serving.remove(model, "all")
+    with pytest.raises(ValueError, match="no adapter named 'all' is served; the model serves: small, patterned, late"):
+        generate(model, [[5]], 2, adapter_ids=["all"])
+    serving.load(model, "newer", folders["late"])  # takes the free place, with fewer layers and a smaller rank
+    assert generate(model, [[5]], 10, adapter_ids=["newer"]) == alone(folders, "late", [[5]])
+    assert generate(model, [[5]], 10, adapter_ids=["small"]) == alone(folders, "small", [[5]])
+
+
+def test_the_last_one_gives_the_layers_back(folders):
+    model, plain = make_model(), make_model()
+    before = {name: type(module) for name, module in model.named_modules()}
+    serving.load(model, "all", folders["all"])
+    assert any(isinstance(module, MultiLoraLinear) for module in model.modules())
+    serving.remove(model, "all")
+    assert {name: type(module) for name, module in model.named_modules()} == before and serving.names(model) == []
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), plain.state_dict().values(), strict=True))
+    adapters.load_adapter(model, folders["small"])
+    assert generate(model, [[5]], 10) == alone(folders, "small", [[5]])
+
+
+def test_factors_take_the_models_dtype_and_scaling_stays_in_float32(folders):
+    model = serve(folders).bfloat16()
+    layer = model.model.layers[0].self_attn.q_proj
+    assert layer.lora_A.dtype == layer.lora_B.dtype == torch.bfloat16 and layer.scaling.dtype == torch.float32
+    assert layer.ranks.tolist() == [8, 3, 12, 0] and layer.lora_A.shape == (4, 16, 64)
+    assert layer.scaling.tolist() == [2.0, 4.0, torch.tensor(8 / 12**0.5).item(), 0.0]
+    assert len(generate(model, PROMPTS, 4, adapter_ids=REQUESTS)[0]) == 4
+
+
+def test_two_threads_do_not_mix_their_requests(folders):
+    model, results = serve(folders), {}
+
+    def run(name):
+        results[name] = generate(model, [[5]], 10, adapter_ids=[name])
+
+    threads = [threading.Thread(target=run, args=(name,)) for name in ("all", "small")]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert results == {name: alone(folders, name, [[5]]) for name in ("all", "small")}
+
+
+def test_an_adapter_in_use_is_not_removed(folders):
+    model, errors = serve(folders), []
+
+    def try_to_remove(row, token):
+        try:
+            serving.remove(model, "all")
+        except ValueError as error:
+            errors.append(str(error))
+
+    generate(model, [[5]], 1, on_token=try_to_remove, adapter_ids=["all"])
+    assert len(errors) == 1 and "'all' is in use by a generation" in errors[0]
+    serving.remove(model, "all")
+
+
+# ---- errors, after which nothing has changed
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (["all", "nobody"], "no adapter named 'nobody' is served; the model serves: all, small, patterned, late"),
+        (["all"], r"adapter_ids is \['all'\]; expected a list of 2, a name or None for each prompt"),
+        ("all", "adapter_ids is 'all'; expected a list"),
+    ],
+)
+def test_wrong_names_are_errors_never_the_base(folders, ids, message):
+    model = serve(folders)
+    with pytest.raises(ValueError, match=message):
+        generate(model, [[1], [2]], 2, adapter_ids=ids)
+    assert generate(model, [[5]], 10, adapter_ids=["all"]) == alone(folders, "all", [[5]])
+
+
+def test_a_model_that_serves_nothing_refuses_names(folders):
+    with pytest.raises(ValueError, match="the model serves no adapters; load them with posttrain.adapters.serving.load"):
+        generate(make_model(), [[1]], 2, adapter_ids=["all"])
+    for act in (lambda m: serving.replace(m, "all", folders["all"]), lambda m: serving.remove(m, "all")):
+        with pytest.raises(ValueError, match="the model serves no adapters; load one"):
+            act(make_model())
+
+
+def _unchanged(model, act, error, message) -> None:
+    before, names = generate(model, PROMPTS, 4), serving.names(model)
+    modules = {name: type(module) for name, module in model.named_modules()}
+    with pytest.raises(error, match=message):
+        act()
+    assert serving.names(model) == names and {name: type(module) for name, module in model.named_modules()} == modules
+    assert generate(model, PROMPTS, 4) == before
+
+
+def test_an_adapter_of_another_base_is_refused(folders):
+    torch.manual_seed(8)
+    other = random_model("smollm2")
+    _unchanged(
+        other, lambda: serving.load(other, "all", folders["all"]), PosttrainError, r"trained on the base sha256:\w+.*any_base"
+    )
+    serving.load(other, "all", folders["all"], any_base=True)
+    assert serving.names(other) == ["all"]
+
+
+def test_a_taken_name_and_attached_adapters_are_refused(folders):
+    model = serve(folders, ["all"])
+    _unchanged(model, lambda: serving.load(model, "all", folders["small"]), ValueError, "'all' is served already")
+    attached = make_model()
+    adapters.load_adapter(attached, folders["all"], "mine")
+    _unchanged(attached, lambda: serving.load(attached, "x", folders["all"]), ValueError, r"attached adapters \(mine\)")
+
+
+def test_adapters_that_cannot_be_stacked_are_refused(tmp_path, folders):
+    for config in (LoraConfig(r=2, use_dora=True), LoraConfig(r=2, lora_bias=True), adapters.IA3Config()):
+        model = make_model()
+        adapters.attach(model, config)
+        adapters.save_adapter(model, tmp_path / "one")
+        served = serve(folders, ["all"])
+        message = "only LoRA's factors are served side by side"
+        _unchanged(served, lambda m=served: serving.load(m, "one", tmp_path / "one"), PosttrainError, message)
+
+
+def test_broken_folders_are_refused(tmp_path, folders):
+    model = serve(folders, ["all"])
+    _unchanged(model, lambda: serving.load(model, "x", tmp_path / "none"), PosttrainError, "holds no adapter_config.json")
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    config = json.loads((folders["small"] / "adapter_config.json").read_text())
+    (broken / "adapter_config.json").write_text(json.dumps({**config, "r": 5}))
+    (broken / "adapter_model.safetensors").write_bytes((folders["small"] / "adapter_model.safetensors").read_bytes())
+    for act in (serving.load, serving.replace):
+        _unchanged(model, lambda act=act: act(model, "x" if act is serving.load else "all", broken), PosttrainError, "does not fit")
+
+
+@pytest.mark.parametrize("quantize", (None, "nf4"))
+def test_the_offline_model(tmp_path, quantize):
+    """A trained model of bytes. In float32 a mixed batch is each request alone. In its own bfloat16 the base's sums depend on the
+    number of rows; there it is the same batch with all requests on that adapter, bit for bit."""
+    names, text = ["one", None, "two"], [list(b"The "), list(b"Review: a good film"), list(b"A")]
+    model = load(offline.path())
+    for seed, name in enumerate(("one", "two")):
+        torch.manual_seed(seed)
+        adapters.attach(model, LoraConfig(r=4 * (seed + 1), lora_alpha=2, init_lora_weights=False), name)
+        adapters.save_adapter(model, tmp_path / name)
+        adapters.delete_adapter(model, name)
+    for dtype in ("fp32", "bf16"):
+        model, single = (load(offline.path(), dtype=dtype, quantize=quantize) for _ in range(2))
+        serving.load(model, "one", tmp_path / "one")
+        serving.load(model, "two", tmp_path / "two")
+        mixed = generate(model, text, 12, adapter_ids=names)
+        for i, name in enumerate(names):
+            if dtype == "bf16":
+                assert generate(model, text, 12, adapter_ids=[name] * 3)[i] == mixed[i]
+                continue
+            if name is not None:
+                adapters.load_adapter(single, tmp_path / name)
+            assert generate(single, [text[i]], 12)[0] == mixed[i]
+            if name is not None:
+                adapters.delete_adapter(single, "default")
