@@ -24,7 +24,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import cpu
+from . import cpu, lora_linear_gpu
 from ._library import LIBRARY, define
 from .nf4 import DTYPES
 from .quantized_weight import QuantizedWeight
@@ -74,6 +74,40 @@ def _lora_linear_group_backward_cpu(dys, x, *rest):
     return dx.view(x.shape) if need_x else dx, [dA.contiguous() for dA in dAs], [dB.contiguous() for dB in dBs]
 
 
+def _lora_linear_cuda(x, *rest):
+    *base, A, B, scaling, bias, dropout, seed, N, K, block_size, quant_type = rest
+    layer = lora_linear_gpu.Layer((*base, N, K, block_size, quant_type), A, B, scaling)
+    (y,) = lora_linear_gpu.forward(_rows(x, K), [layer], [bias], dropout, seed)
+    return y.view(*x.shape[:-1], N)
+
+
+def _lora_linear_group_cuda(x, *rest):
+    *stored, As, Bs, scalings, biases, dropout, seed, Ns, K, block_size, quant_type = rest
+    ys = lora_linear_gpu.forward(
+        _rows(x, K), _layers(stored, As, Bs, scalings, Ns, K, block_size, quant_type), biases or [None] * len(Ns), dropout, seed
+    )
+    return [y.view(*x.shape[:-1], N) for y, N in zip(ys, Ns, strict=True)]
+
+
+def _layers(stored, As, Bs, scalings, Ns, K, block_size, quant_type) -> list[lora_linear_gpu.Layer]:
+    bases = [(*base, N, K, block_size, quant_type) for base, N in zip(_bases(*stored), Ns, strict=True)]
+    return [lora_linear_gpu.Layer(*layer) for layer in zip(bases, As, Bs, scalings, strict=True)]
+
+
+def _lora_linear_backward_cuda(dy, x, *rest):
+    *base, A, B, scaling, dropout, seed, N, K, block_size, quant_type, need_x, need_A, need_B = rest
+    layer = lora_linear_gpu.Layer((*base, N, K, block_size, quant_type), A, B, scaling)
+    dx, (dA,), (dB,) = lora_linear_gpu.backward([_rows(dy, N)], _rows(x, K), [layer], dropout, seed, need_x, need_A, need_B)
+    return dx.view(x.shape) if need_x else dx, dA, dB
+
+
+def _lora_linear_group_backward_cuda(dys, x, *rest):
+    *stored, As, Bs, scalings, dropout, seed, Ns, K, block_size, quant_type, need_x, need_A, need_B = rest
+    layers, rows = _layers(stored, As, Bs, scalings, Ns, K, block_size, quant_type), [_rows(dy, dy.shape[-1]) for dy in dys]
+    dx, dAs, dBs = lora_linear_gpu.backward(rows, _rows(x, K), layers, dropout, seed, need_x, need_A, need_B)
+    return dx.view(x.shape) if need_x else dx, dAs, dBs
+
+
 def _empty_like(tensor: Tensor, wanted: bool) -> Tensor:
     return tensor.new_empty(tensor.shape if wanted else 0)
 
@@ -95,24 +129,28 @@ define(
     f"lora_linear(Tensor x, {_BASE}, Tensor lora_A, Tensor lora_B, float scaling, Tensor? bias, {_REST}) -> Tensor",
     lambda x, *rest: x.new_empty(*x.shape[:-1], rest[11]),
     CPU=_lora_linear_cpu,
+    CUDA=_lora_linear_cuda,
 )
 define(
     f"lora_linear_backward(Tensor dy, Tensor x, {_BASE}, Tensor lora_A, Tensor lora_B, float scaling, {_REST}, {_NEED})"
     " -> (Tensor, Tensor, Tensor)",
     _backward_fake,
     CPU=_lora_linear_backward_cpu,
+    CUDA=_lora_linear_backward_cuda,
 )
 define(
     f"lora_linear_group(Tensor x, {_BASES}, Tensor[] lora_A, Tensor[] lora_B, float[] scaling, Tensor[] bias, {_REST_GROUP})"
     " -> Tensor[]",
     lambda x, *rest: [x.new_empty(*x.shape[:-1], N) for N in rest[11]],
     CPU=_lora_linear_group_cpu,
+    CUDA=_lora_linear_group_cuda,
 )
 define(
     f"lora_linear_group_backward(Tensor[] dy, Tensor x, {_BASES}, Tensor[] lora_A, Tensor[] lora_B, float[] scaling, "
     f"{_REST_GROUP}, {_NEED}) -> (Tensor, Tensor[], Tensor[])",
     _group_backward_fake,
     CPU=_lora_linear_group_backward_cpu,
+    CUDA=_lora_linear_group_backward_cuda,
 )
 
 
@@ -231,8 +269,8 @@ def lora_linear(
 ) -> Tensor:  # fmt: skip
     """x W^T + bias + scaling drop(x) A^T B^T: (..., N) in x's dtype. Differentiable in x, lora_A, lora_B, bias and a dense w.
 
-    x (..., K) float32, float16 or bfloat16, any strides; w (N, K) in x's dtype, or a QuantizedWeight of that shape; lora_A (r, K) and
-    lora_B (N, r) of any float dtype; bias (N,). Dropout, 0 <= dropout < 1, acts on the low-rank path; `seed` (64 bits) decides
+    x (..., K) float32, float16 or bfloat16, any strides; w (N, K) in x's dtype, or a QuantizedWeight of that shape; lora_A (r, K)
+    and lora_B (N, r) of any float dtype; bias (N,). Dropout, 0 <= dropout < 1, acts on the low-rank path; `seed` (64 bits) decides
     what falls, and without one it is drawn from torch's CPU generator. Gradients of gradients raise RuntimeError.
     Raises TypeError for dtypes, ValueError for shapes or devices that do not fit. Paper: arXiv:2106.09685, eq. 3.
     """
@@ -255,7 +293,7 @@ def lora_linear_group(x: Tensor, layers: Sequence[Layer], *, dropout: float = 0.
     if not layers:
         return []
     shapes = [_check(x, w, A, B, bias) for w, A, B, _, bias in layers]
-    weights, As, Bs, scalings, biases = zip(*layers, strict=True)
+    weights, As, Bs, scalings, biases = (list(column) for column in zip(*layers, strict=True))
     kinds = {(*_format(w), *((w.tensors()[2] is None, w.tensors()[4]) if isinstance(w, QuantizedWeight) else ())) for w in weights}
     if len(kinds) > 1:
         raise ValueError(f"the layers' weights are of different kinds, {sorted(kinds)}; call lora_linear for each")
@@ -265,6 +303,6 @@ def lora_linear_group(x: Tensor, layers: Sequence[Layer], *, dropout: float = 0.
     if any(bias is not None for bias in biases):
         biases = [x.new_zeros(N) if bias is None else bias for bias, (N, _) in zip(biases, shapes, strict=True)]
     return torch.ops.posttrain.lora_linear_group(
-        x, *tensors, nested_block_size, list(As), list(Bs), list(scalings), [b for b in biases if b is not None], dropout,
+        x, *tensors, nested_block_size, As, Bs, scalings, [b for b in biases if b is not None], dropout,
         _seed(dropout, seed), [N for N, _ in shapes], shapes[0][1], *_format(weights[0]),
     )  # fmt: skip
