@@ -85,7 +85,8 @@ def sft(
     """
     if not examples:
         raise PosttrainError("the training data holds no examples")
-    context = model.config.max_position_embeddings
+    given = adapter if active_adapter(model) is None else model.virtual
+    context = model.config.max_position_embeddings - getattr(given, "num_virtual_tokens", 0)
     longest = max_tokens(examples)
     if longest > min(max_length or longest, context):
         raise PosttrainError(

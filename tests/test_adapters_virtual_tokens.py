@@ -382,6 +382,18 @@ def test_killed_and_resumed_ends_in_the_same_bits(tmp_path, config):
         assert (tmp_path / "straight" / file).read_bytes() == (tmp_path / "killed" / file).read_bytes()
 
 
+def test_examples_must_fit_beside_the_virtual_tokens(tmp_path):
+    model = random_model(max_position_embeddings=20)
+    longest = max(len(example.input_ids) for example in examples())
+    config = PromptTuningConfig(20 - longest + 1)
+    with pytest.raises(PosttrainError, match=f"longest example has {longest} tokens; .* the model's context {longest - 1}"):
+        sft(model, examples(), settings(tmp_path), config, quiet=True)
+    assert not adapters.adapter_names(model)
+    attach(model, config)
+    with pytest.raises(PosttrainError, match=f"the model's context {longest - 1}"):
+        sft(model, examples(), settings(tmp_path), quiet=True)
+
+
 def test_layout_of_a_prefix():
     """Vector 2 l of a virtual token is its key in layer l, 2 l + 1 its value, head after head."""
     stored = torch.arange(2 * 3 * 2 * 2 * 4.0).view(2, -1)  # 2 virtual tokens, 3 layers, 2 heads of 4
