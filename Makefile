@@ -9,11 +9,16 @@ CONSTRAINTS := $(if $(shell command -v nvidia-smi rocm-smi 2>/dev/null),,-c cons
 comma  := ,
 STAMP  := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 PYTEST := PYTHONSAFEPATH=1 TRITON_DEFAULT_FP_FUSION=0 $(BIN)/pytest -q
+# `make test-triton VERSION=3.6`, of triton 3.6 to 3.9; AOT=all compiles all there is, TARGETS="sm_80 or gfx942" names targets
+VERSION ?= 3.6
+OTHER  := $(abspath $(VENV))/triton-$(VERSION)
+AOT    ?= 2
+TARGETS ?= sm or gfx
 # set to "not real" where the model and the data must not be downloaded
 REAL   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-gpu test-aot lint aot counters bench wheel clean
+.PHONY: help install quickstart test test-gpu test-triton lint aot counters bench wheel clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:[^#]*##/\t/' | expand -t 14
@@ -39,6 +44,12 @@ test: $(STAMP)   ## oracles, interpreter, native CPU, ahead-of-time compilation,
 test-gpu: $(STAMP) ## the same kernel tests, compiled, on this machine's GPU
 	$(PYTEST) -m gpu
 
+# Beside the environment, in a folder that comes first on the path; triton 3.6's interpreter does not know numpy 2.4.
+test-triton: $(STAMP) ## the kernels under another triton, without a GPU: make test-triton VERSION=3.6
+	test -d $(OTHER) || $(BIN)/python -m pip install -q --no-deps --target $(OTHER) 'triton==$(VERSION).*' 'numpy<2.4'
+	PYTHONPATH=$(OTHER) TRITON_INTERPRET=1 $(PYTEST) -m interpret
+	PYTHONPATH=$(OTHER) POSTTRAIN_AOT=$(AOT) $(PYTEST) -m aot -k "$(TARGETS)"
+
 aot: $(STAMP)    ## registers, spills, shared memory, occupancy, load width, bytes of every compiled kernel
 	PYTHONSAFEPATH=1 $(BIN)/python benchmarks/aot.py
 
@@ -49,8 +60,9 @@ bench:           ## every operation and method beside its peers, on this machine
 	$(MAKE) install EXTRAS=test,bench,peers
 	for file in benchmarks/bench_*.py; do PYTHONSAFEPATH=1 $(BIN)/python $$file || exit 1; done
 
-lint: $(STAMP)   ## ruff
+lint: $(STAMP)   ## ruff and mypy
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 
 wheel: $(STAMP)  ## build the wheel and import it from an empty directory, in a fresh environment
 	rm -rf dist build

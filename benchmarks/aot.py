@@ -4,6 +4,8 @@ Registers, spills, shared memory, occupancy, widest global load and store, matri
 weight the least bytes that must move, with the time those take at the data sheet's bandwidth. That time is a bound which
 no kernel can beat, not a measurement and not a prediction.
 
+Fails when a kernel spills registers or wants more shared memory than a program may have.
+
     python benchmarks/aot.py [text in the kernel's name] [--target sm_80]
 """
 from __future__ import annotations
@@ -76,11 +78,16 @@ def main() -> None:
     args = parser.parse_args()
     console = Console(width=170 if not sys.stdout.isatty() else None)
     workers = os.cpu_count() or 1
+    faults = []
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         for target in [args.target] if args.target else _aot.TARGETS:
             parts = [pool.submit(_reports, target, args.text, w, workers) for w in range(workers)]
-            console.print(table(target, [r for part in parts for r in part.result()]))
+            reports = [r for part in parts for r in part.result()]
+            console.print(table(target, reports))
+            faults += [r for r in reports if r.spills or r.shared > _aot.TARGETS[target].shared_bytes]
     console.print("Bounds are bytes over the data sheet's bandwidth: a limit, not a measurement. Nothing ran on a GPU.")
+    if faults:
+        sys.exit("spilled or too large: " + ", ".join(f"{r.target} {r.name}" for r in faults))
 
 
 if __name__ == "__main__":

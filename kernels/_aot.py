@@ -88,24 +88,36 @@ def variants() -> Iterator[Variant]:
                         yield replace(variant, name=f"{variant.name}_unaligned")
 
 
-def covering(chosen: Sequence[Variant]) -> list[Variant]:
-    """As few of them as hold every pair of settings that occurs together in a launch of each kernel (greedily: not the fewest).
+def covering(chosen: Sequence[Variant], strength: int = 2) -> list[Variant]:
+    """As few of them as show every `strength` settings that occur together in some variant of their kernel (greedily, so not
+    the very fewest; the same ones every time).
 
-    A setting is an argument's type or alignment, a constant or a compiler option. What the compiler makes of a kernel is decided
-    by one or two of them at a time, seldom by three, so pairs find nearly all that the whole product would, in a fraction of it.
+    A setting is an argument's type or alignment, a constant or an option of the compiler. What a compiler gets wrong depends on
+    one or two of them at once, seldom on more: pairs find nearly all that the whole product would, in a fraction of the time.
     """
-    pairs = []
+    kernels: dict[str, list[Variant]] = {}
     for variant in chosen:
-        settings = [*variant.signature.items(), *variant.constexprs.items(), *variant.options.items()]
-        settings += [("warps", variant.num_warps), ("stages", variant.num_stages), ("unaligned", bool(variant.unaligned))]
-        kernel = variant.kernel.__name__
-        pairs.append({(kernel, *pair) for pair in itertools.combinations(sorted(map(repr, settings)), 2)})
-    taken, left = [], set().union(*pairs)
+        kernels.setdefault(variant.kernel.__name__, []).append(variant)
+    return [variant for alike in kernels.values() for variant in _cover(alike, strength)]
+
+
+def _cover(alike: list[Variant], strength: int) -> list[Variant]:
+    settings = [
+        {
+            *map(repr, (*v.signature.items(), *v.constexprs.items(), *v.options.items())),
+            f"{v.num_warps} warps", f"{v.num_stages} stages", f"unaligned {bool(v.unaligned)}",
+        }
+        for v in alike
+    ]  # fmt: skip
+    always = set.intersection(*settings)
+    # fewer settings than `strength` may vary: then all that do are taken together
+    groups = [set(itertools.combinations(sorted(s - always), min(strength, len(s - always)))) for s in settings]
+    left, taken = set().union(*groups), set()
     while left:
-        best = max(range(len(chosen)), key=lambda i: len(pairs[i] & left))  # the first of equals: the same choice every time
-        taken.append(best)
-        left -= pairs[best]
-    return [chosen[i] for i in sorted(taken)]
+        best = max(range(len(alike)), key=lambda i: len(groups[i] & left))
+        taken.add(best)
+        left -= groups[best]
+    return [alike[i] for i in sorted(taken or {0})]
 
 
 def applies(variant: Variant, target: str) -> bool:
@@ -151,13 +163,21 @@ def tool(name: str, cubin: bytes, *options: str) -> str:
         return subprocess.run([path, *options, file.name], capture_output=True, text=True, check=True).stdout
 
 
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    if found is None:
+        raise ValueError(f"the compiler's output has no {pattern!r}: this triton writes it another way")
+    return int(found[1])
+
+
 def _read_nvidia(asm) -> tuple[int, int, Counter, Counter, set[str]]:
     usage = tool("cuobjdump", asm["cubin"], "-res-usage")
-    registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))
-    loads, stores = Counter(), Counter()
+    registers, stack, local = (_number(rf"{key}:(\d+)", usage) for key in ("REG", "STACK", "LOCAL"))
+    loads: Counter[int] = Counter()
+    stores: Counter[int] = Counter()
     for kind, modifiers in re.findall(r"\b(ld|st)\.global([.:\w]*)", asm["ptx"]):
         vector = re.search(r"\.v([248])\b", modifiers)
-        bits = int(re.search(r"(\d+)$", modifiers)[1]) * (int(vector[1]) if vector else 1)
+        bits = _number(r"(\d+)$", modifiers) * (int(vector[1]) if vector else 1)
         (loads if kind == "ld" else stores)[bits] += 1
     for size in re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?,\s*(0x[0-9a-f]+|\d+)\s*[,;]", asm["ptx"]):
         loads[8 * int(size, 0)] += 1
@@ -171,10 +191,10 @@ _AMD_WIDTHS = {"byte": 8, "short": 16, "ubyte": 8, "ushort": 16, "sbyte": 8, "ss
 def _read_amd(asm) -> tuple[int, int, Counter, Counter, set[str]]:
     text = asm["amdgcn"]
     registers, scratch, spilled = (
-        int(re.search(rf"\.{key}:\s*(\d+)", text)[1])
-        for key in ("vgpr_count", "private_segment_fixed_size", "vgpr_spill_count")
+        _number(rf"\.{key}:\s*(\d+)", text) for key in ("vgpr_count", "private_segment_fixed_size", "vgpr_spill_count")
     )
-    loads, stores = Counter(), Counter()
+    loads: Counter[int] = Counter()
+    stores: Counter[int] = Counter()
     for kind, width in re.findall(r"\b(?:global|buffer|flat)_(load|store)_(\w+)", text):
         name, _, many = width.removesuffix("_d16").removesuffix("_d16_hi").partition("x")
         if name in _AMD_WIDTHS:

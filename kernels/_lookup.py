@@ -69,10 +69,9 @@ def decode_absmax(
 @triton.jit
 def product_table(absmax, QUANT_TYPE: tl.constexpr, DTYPE: tl.constexpr):
     """Eight int32 per element of absmax: the bytes of its 16 products in DTYPE (bfloat16 or float16). NVIDIA only."""
-    if QUANT_TYPE == "nf4":
-        asm: tl.constexpr = _NF4_BF16 if DTYPE == tl.bfloat16 else _NF4_FP16
-    else:
-        asm: tl.constexpr = _FP4_BF16 if DTYPE == tl.bfloat16 else _FP4_FP16
+    nf4: tl.constexpr = _NF4_BF16 if DTYPE == tl.bfloat16 else _NF4_FP16
+    fp4: tl.constexpr = _FP4_BF16 if DTYPE == tl.bfloat16 else _FP4_FP16
+    asm: tl.constexpr = nf4 if QUANT_TYPE == "nf4" else fp4
     return tl.inline_asm_elementwise(
         asm, "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,f", [absmax], dtype=(tl.int32,) * 8, is_pure=True, pack=1
     )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 from torch import Tensor
 
@@ -29,11 +30,13 @@ def _add_parts_kernel(
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < size
     acc = tl.load(partial_ptr + offs, mask=mask, other=0.0)
-    for s in tl.static_range(1, SPLIT_K):
-        acc += tl.load(partial_ptr + s * size + offs, mask=mask, other=0.0)
+    for _ in tl.static_range(1, SPLIT_K):
+        partial_ptr += size  # not s * size, which may pass 31 bits
+        acc += tl.load(partial_ptr + offs, mask=mask, other=0.0)
     if SPLIT_K == MOST:
-        for s in range(SPLIT_K, parts):
-            acc += tl.load(partial_ptr + s.to(tl.int64) * size + offs, mask=mask, other=0.0)
+        for _ in range(SPLIT_K, parts):
+            partial_ptr += size
+            acc += tl.load(partial_ptr + offs, mask=mask, other=0.0)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + offs % N, mask=mask, other=0.0).to(tl.float32)
     tl.store(y_ptr + offs, acc.to(y_ptr.dtype.element_ty), mask=mask)
@@ -52,12 +55,13 @@ def aot_variants() -> Iterator[Variant]:
     """Every split that `quantized_linear` can choose."""
     for dtype, split_k, has_bias in itertools.product(("fp32", "fp16", "bf16"), (1, 2, 4, 8, 16), (False, True)):
         signature = {"partial_ptr": "*fp32", "bias_ptr": f"*{dtype}" if has_bias else "constexpr", "y_ptr": f"*{dtype}"}
-        signature |= {"size": "i32:16", "N": "i32:16", "parts": "i32"} | dict.fromkeys(("SPLIT_K", "HAS_BIAS", "BLOCK"), "constexpr")
-        constexprs = {"SPLIT_K": split_k, "HAS_BIAS": has_bias, "BLOCK": _BLOCK} | ({} if has_bias else {"bias_ptr": None})
+        signature |= {"size": "i32:16", "N": "i32:16", "parts": "i32"}
+        constexprs: dict[str, Any] = {"SPLIT_K": split_k, "HAS_BIAS": has_bias, "BLOCK": _BLOCK}
+        constexprs |= {} if has_bias else {"bias_ptr": None}
         yield Variant(
             f"add_parts_{dtype}_{split_k}" + "_bias" * has_bias,
             _add_parts_kernel,
-            signature,
+            signature | dict.fromkeys(constexprs, "constexpr"),
             constexprs,
             unaligned=("bias_ptr", "size", "N"),
         )

@@ -145,7 +145,8 @@ def double_quantize(absmax: Tensor, block_size: int = 256) -> DoubleQuantized:
                 f"absmax ranges from {smallest} to {absmax.amax().item()} and sums to {total} in float32; 8 bits around "
                 "their mean carry finite values from 0 up. Use double_quant=False, or mend the weight"
             )
-    return DoubleQuantized(*torch.ops.posttrain.double_quantize(absmax, block_size), block_size)
+    codes, nested, offset = torch.ops.posttrain.double_quantize(absmax, block_size)
+    return DoubleQuantized(codes, nested, offset, block_size)
 
 
 def double_dequantize(dq: DoubleQuantized) -> Tensor:

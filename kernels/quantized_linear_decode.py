@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -192,7 +193,7 @@ def rows_per_warp(tile_m: int) -> int:
 
 
 def aot_variants() -> Iterator[Variant]:
-    """Everything that `quantized_linear` can launch: 16-bit x of more than one row goes to the GEMM, and parts of K take no bias."""
+    """Everything that `quantized_linear` can launch: 16-bit x of several rows goes to the GEMM, and parts of K take no bias."""
     pointers = ("x", "packed", "absmax", "dynamic_map", "nested_absmax", "nested_offset", "values", "bias", "y")
     tiles = [("fp32", tile_m) for tile_m in ROW_TILES] + [("bf16", 1), ("fp16", 1)]
     for (dtype, tile_m), nested, end, (backend_name, lanes) in itertools.product(
@@ -206,7 +207,7 @@ def aot_variants() -> Iterator[Variant]:
         signature = {f"{name}_ptr": types[name] for name in pointers}
         signature |= {"M": "i32", "N": "i32:16", "K": "i32:16", "stride_xm": "i32:16"}
         signature |= {"chunks_per_part": "i32", "block_shift": "i32"}
-        constexprs = {name: None for name, kind in signature.items() if kind == "constexpr"}
+        constexprs: dict[str, Any] = {name: None for name, kind in signature.items() if kind == "constexpr"}
         constexprs |= {"NESTED_BLOCK": 256 if nested else 0, "HAS_BIAS": end == "bias", "TILE_M": tile_m}
         constexprs |= {"ROWS": rows_per_warp(tile_m), "WARPS": WARPS, "LANES": lanes} | NONE
         yield Variant(

@@ -43,12 +43,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             z.copy_(dz)
             torch.log_softmax(z, 1, out=z)
             total -= z.gather(1, target).sum()
-            if not (need_hidden or need_weight):
+            if dhidden is None and dweight is None:
                 continue
             dz.copy_(z.exp_().scatter_add_(1, target, z.new_full(target.shape, -1.0)))
-            if need_hidden:
+            if dhidden is not None:
                 torch.mm(dz, weight, out=dhidden[start : start + chunk])
-            if need_weight:
+            if dweight is not None:
                 dweight += dz.t() @ rows
         ctx.save_for_backward(dhidden, dweight)
         ctx.weight_dtype = weight.dtype

@@ -60,7 +60,7 @@ def dequantize_4bit(
     block_size: int,
     quant_type: str,
 ) -> Tensor:
-    if nested_absmax is not None:
+    if nested_absmax is not None and nested_offset is not None:
         absmax = double_dequantize(absmax, nested_absmax, nested_offset, nested_block_size)
     n = math.prod(shape)
     codes = torch.stack([packed >> 4, packed & 15], 1).flatten()[:n]
