@@ -53,6 +53,8 @@ def multi_lora_add(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling
     """Adds to y (M, N) in place. x (M, K), lora_A (n, r, K), lora_B (n, N, r) in x's dtype, scaling float32 (n,), ranks int32
     (n,) or None, adapter_ids int64 (M,). ValueError for an id or a rank out of range; y is as it was then."""
     n, r, K = lora_A.shape
+    # a batched product of small matrices adds one term after another: in wider arithmetic such chains cost no accuracy
+    wide = torch.float64 if x.dtype == torch.float32 else torch.float32
     check_ids(adapter_ids, n, ranks, r)
     if n == 0 or r == 0:
         return
@@ -60,11 +62,10 @@ def multi_lora_add(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling
     step = max(1, _GATHERED // max(r * (K + y.shape[1]), 1))
     for t in range(0, len(adapter), step):
         i, m, here = adapter[t : t + step], rows[t : t + step], filled[t : t + step]
-        A, B = lora_A[i], lora_B[i]
+        A, B = lora_A[i].to(wide), lora_B[i].to(wide)
         if ranks is not None:  # padding may hold anything, NaN included
             kept = torch.arange(r) < ranks[i][:, None]
-            A, B = A.where(kept[:, :, None], 0), B.where(kept[:, None, :], 0)
-        s = torch.bmm(x[m], A.mT)
-        added = torch.bmm(s, B.mT).float() * scaling[i][:, None, None]
+            A, B = A.where(kept[:, :, None], 0.0), B.where(kept[:, None, :], 0.0)
+        added = torch.bmm(torch.bmm(x[m].to(wide), A.mT), B.mT) * scaling[i][:, None, None]
         m = m[here]
-        y[m] = (y[m].float() + added[here]).to(y.dtype)
+        y[m] = (y[m] + added[here]).to(y.dtype)
