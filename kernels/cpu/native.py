@@ -3,6 +3,7 @@
 The functions have the signatures of `pytorch.py` and write the same bytes. `POSTTRAIN_CPU_ISA` (portable, avx2, avx512,
 avx512_bf16, amx, neon) holds the engine to one instruction set, for tests and for comparing.
 """
+
 from __future__ import annotations
 
 import ctypes
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import codebooks
-from . import pytorch_multi_lora
+from . import pytorch_multi_lora, recycled
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _QUANT_TYPES = {"nf4": 0, "fp4": 1}
@@ -163,14 +164,12 @@ def dequantize_4bit(
     block_size: int,
     quant_type: str,
 ) -> Tensor:
-    out = torch.empty(tuple(shape), dtype=dtype)
+    out = recycled.empty(tuple(shape), dtype)
     _dequantize_into(out, packed, absmax, nested_absmax, nested_offset, nested_block_size, block_size, quant_type)
     return out
 
 
-def _dequantize_into(
-    out, packed, absmax, nested_absmax, nested_offset, nested_block_size, block_size, quant_type
-) -> None:
+def _dequantize_into(out, packed, absmax, nested_absmax, nested_offset, nested_block_size, block_size, quant_type) -> None:
     packed, absmax = packed.contiguous(), absmax.contiguous()
     _library.dequantize_4bit(
         packed.data_ptr(), absmax.data_ptr(), _address(nested_absmax), _address(nested_offset), nested_block_size,
@@ -199,9 +198,7 @@ def double_dequantize(codes: Tensor, absmax: Tensor, offset: Tensor, block_size:
     return out
 
 
-def linear_4bit(
-    x, packed, absmax, nested_absmax, nested_offset, nested_block_size, bias, N, K, block_size, quant_type
-) -> Tensor:
+def linear_4bit(x, packed, absmax, nested_absmax, nested_offset, nested_block_size, bias, N, K, block_size, quant_type) -> Tensor:
     """x (M, K) times the weight (N, K) transposed, plus bias (N,) or None, in x's dtype: (M, N)."""
     M = x.shape[0]
     if M > (_FUSED_ROWS_AMX if _amx_takes(x.dtype, K, block_size) else _FUSED_ROWS):
@@ -220,9 +217,7 @@ def linear_4bit(
     return y
 
 
-def linear_4bit_dx(
-    dy, packed, absmax, nested_absmax, nested_offset, nested_block_size, N, K, block_size, quant_type
-) -> Tensor:
+def linear_4bit_dx(dy, packed, absmax, nested_absmax, nested_offset, nested_block_size, N, K, block_size, quant_type) -> Tensor:
     """dy (M, N) times the weight (N, K), in dy's dtype: (M, K)."""
     M = dy.shape[0]
     if M > (_FUSED_ROWS_AMX if _amx_takes(dy.dtype, K, block_size) else _FUSED_ROWS):
