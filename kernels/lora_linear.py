@@ -234,6 +234,8 @@ def _check(x: Tensor, w: Tensor | QuantizedWeight, lora_A: Tensor, lora_B: Tenso
             f"x {tuple(x.shape)}, lora_A {tuple(lora_A.shape)} and lora_B {tuple(lora_B.shape)} do not fit a weight of {N} x {K}: "
             f"expected x (..., {K}), lora_A (r, {K}), lora_B ({N}, r)"
         )
+    if r == 0:
+        raise ValueError("lora_A and lora_B have rank 0; leave the adapter out, or give it a row")
     if x.dtype not in DTYPES and not (dense and x.dtype == torch.float64 and x.device.type == "cpu"):
         raise TypeError(f"x is {x.dtype}; expected float32, float16 or bfloat16 (on a CPU a dense weight takes float64 too)")
     if not (lora_A.is_floating_point() and lora_B.is_floating_point()):
