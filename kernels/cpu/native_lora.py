@@ -1,7 +1,7 @@
 """lora_linear of the native CPU engine.
 
 Many rows of bfloat16 on a machine with AMX: one product in C, in which the low rank is a few more steps and a group of layers
-is one layer more (lora_amx.c). Else the base product and torch's skinny ones.
+one wider layer (lora_amx.c). Few rows: the base product, and the low rank added by one call. Else torch's skinny products.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ _P, _L = ctypes.c_void_p, ctypes.c_int64
 _QUANT_TYPES = {"none": 0, "nf4": 0, "fp4": 1}
 # Fewer rows leave the packing of the weight unpaid.
 _AMX_ROWS = 64
+# Up to so many rows the low-rank term is one call in C instead of two products and a cast of torch's.
+_FEW_ROWS = 64
 _MAX_LAYERS = 4  # in lora_amx.c
 
 
@@ -46,6 +48,25 @@ _library = native._library
 _library.lora_amx_bytes.argtypes, _library.lora_amx_bytes.restype = [ctypes.POINTER(_Args), ctypes.c_int], _L
 for _name in ("lora_amx_forward", "lora_amx_backward"):
     getattr(_library, _name).argtypes = [ctypes.POINTER(_Args)]
+_library.lora_dropout.argtypes = [_P, ctypes.c_int, _L, ctypes.c_double, _L, _P, _L]
+_library.lora_dropout.restype = None
+
+
+def _dropped(x: Tensor, p: float, seed: int) -> Tensor:
+    """As pytorch_lora's, with the same bits."""
+    if p == 0.0 or x.dtype not in native._DTYPES:
+        return pytorch_lora.dropout(x, p, seed)
+    x = x.contiguous()
+    out, n = torch.empty_like(x), x.numel()
+    _library.lora_dropout(x.data_ptr(), native._DTYPES[x.dtype], n, p, seed, out.data_ptr(), native._threads(16 * n))
+    return out
+
+
+def _add_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float) -> None:
+    """y += scaling x A^T B^T for few rows: the one adapter of a batch in multi_lora_add."""
+    A, B = A.detach().to(x.dtype).contiguous()[None], B.detach().to(x.dtype).contiguous()[None]
+    ids = torch.zeros(x.shape[0], dtype=torch.int64)
+    native.multi_lora_add(y, x.contiguous(), A, B, torch.tensor([scaling]), None, ids)
 
 
 def _amx_takes(x: Tensor) -> bool:
@@ -89,7 +110,7 @@ class _Call:
 def _forward(x: Tensor, bases: list[tuple], As, Bs, scalings, biases, dropout: float, seed: int, Ns) -> list[Tensor]:
     x = x.contiguous()
     ys = [torch.empty(x.shape[0], N, dtype=x.dtype) for N in Ns]
-    call = _Call(x, pytorch_lora.dropout(x, dropout, seed))
+    call = _Call(x, _dropped(x, dropout, seed))
     for base, A, B, scaling, bias, y in zip(bases, As, Bs, scalings, biases, ys, strict=True):
         call.add(base, A, B, bias, y, None, None, scaling)
     call.run(_library.lora_amx_forward, False)
@@ -103,7 +124,7 @@ def _backward(
     dx = torch.empty_like(x) if need_x else None
     dAs = [torch.empty(A.shape) if need_A else None for A in As]
     dBs = [torch.empty(B.shape) if need_B else None for B in Bs]
-    call = _Call(x, pytorch_lora.dropout(x, dropout, seed))
+    call = _Call(x, _dropped(x, dropout, seed))
     for base, A, B, scaling, dy, dA, dB in zip(bases, As, Bs, scalings, dys, dAs, dBs, strict=True):
         call.add(base, A, B, None, dy.contiguous(), dA, dB, scaling)
     V = x.new_empty(x.shape[0], sum(len(A) for A in As)) if need_x and dropout else None
@@ -112,7 +133,7 @@ def _backward(
     if dx is None:
         dx = x.new_empty(0)
     elif V is not None:
-        dx += pytorch_lora.dropout(V @ torch.cat([A.to(x.dtype) for A in As]), dropout, seed)
+        dx += _dropped(V @ torch.cat([A.to(x.dtype) for A in As]), dropout, seed)
     dAs = [A.new_empty(0) if dA is None else dA.to(A.dtype) for A, dA in zip(As, dAs, strict=True)]
     dBs = [B.new_empty(0) if dB is None else dB.to(B.dtype) for B, dB in zip(Bs, dBs, strict=True)]
     return dx, dAs, dBs
@@ -125,7 +146,11 @@ def lora_linear(
     """x (M, K), W (N, K) dense or packed ("none": dense), lora_A (r, K), lora_B (N, r), bias (N,) or None: (M, N)."""
     base = (weight, absmax, nested_absmax, nested_offset, nested_block_size, block_size, quant_type)
     if not _amx_takes(x):
-        return pytorch_lora.lora_linear_on(native, x, base, lora_A, lora_B, scaling, bias, dropout, seed, N, K)
+        if x.shape[0] > _FEW_ROWS or x.dtype not in native._DTYPES:
+            return pytorch_lora.lora_linear_on(native, x, base, lora_A, lora_B, scaling, bias, dropout, seed, N, K)
+        y = pytorch_lora.base_product(native, x, base, bias, N, K)
+        _add_low_rank(y, _dropped(x, dropout, seed), lora_A, lora_B, scaling)
+        return y
     return _forward(x, [base], [lora_A], [lora_B], [scaling], [bias], dropout, seed, [N])[0]
 
 
@@ -146,7 +171,8 @@ def lora_linear_group(x, bases, lora_As, lora_Bs, scalings, biases, dropout, see
     """[lora_linear(x, ...)] of layers that share x and the dropout: lists of what each takes, `bases` of the weight's tensors,
     nested_block_size, block_size and quant_type."""
     if not _amx_takes(x) or len(bases) > _MAX_LAYERS:
-        return pytorch_lora.lora_linear_group_on(native, x, bases, lora_As, lora_Bs, scalings, biases, dropout, seed, Ns, K)
+        layers = zip(bases, lora_As, lora_Bs, scalings, biases, Ns, strict=True)
+        return [lora_linear(x, *b[:5], A, B, s, bias, dropout, seed, N, K, *b[5:]) for b, A, B, s, bias, N in layers]
     return _forward(x, bases, lora_As, lora_Bs, scalings, biases, dropout, seed, Ns)
 
 

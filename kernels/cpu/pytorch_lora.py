@@ -49,13 +49,17 @@ def dropout(x: Tensor, dropout: float, seed: int) -> Tensor:
     return torch.where(kept, x.to(torch.promote_types(x.dtype, torch.float32)) * (1.0 / (1.0 - dropout)), 0.0).to(x.dtype)
 
 
-def lora_linear_on(engine, x, base, lora_A, lora_B, scaling, bias, p, seed, N, K) -> Tensor:
-    """lora_linear where `engine` has linear_4bit."""
+def base_product(engine, x, base, bias, N, K) -> Tensor:
+    """x W^T + bias where `engine` has linear_4bit."""
     *tensors, block_size, quant_type = base
     if quant_type == "none":
-        y = F.linear(x, tensors[0], bias)
-    else:
-        y = engine.linear_4bit(x, *tensors, bias, N, K, block_size, quant_type)
+        return F.linear(x, tensors[0], bias)
+    return engine.linear_4bit(x, *tensors, bias, N, K, block_size, quant_type)
+
+
+def lora_linear_on(engine, x, base, lora_A, lora_B, scaling, bias, p, seed, N, K) -> Tensor:
+    """lora_linear where `engine` has linear_4bit."""
+    y = base_product(engine, x, base, bias, N, K)
     s = dropout(x, p, seed) @ lora_A.to(x.dtype).t()
     return y.addmm_(s, (lora_B * scaling).to(x.dtype).t())
 

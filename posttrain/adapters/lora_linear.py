@@ -11,15 +11,33 @@ and saves a second copy of the weight, its rounding, and, in 4 bits, quantizing 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from posttrain.kernels import lora_linear
+from posttrain.kernels import QuantizedWeight, lora_linear, lora_linear_group
 from posttrain.quantized import QuantizedLinear
 
 from .dora import dora_linear, linear, row_squares, weight_norm
+
+
+def _groupable(layer: nn.Module, dtype: torch.dtype) -> tuple | None:
+    """What layers must have in common to be one product; None for a layer that is more than W, A and B."""
+    if not isinstance(layer, LoraLinear) or layer.merged is not None or layer._forward_hooks or layer._forward_pre_hooks:
+        return None
+    name = layer.active_adapter
+    if name is None or name not in layer.lora_A or name in layer.lora_magnitude_vector or name in layer.lora_bias:
+        return None
+    if layer.training and layer.dropout[name]:
+        return None  # each layer drops on its own
+    weight, bias = layer.base_layer.weight, layer.bias(name)
+    if bias is not None and bias.dtype != dtype:
+        return None
+    if isinstance(weight, QuantizedWeight):
+        *_, nested, _, nested_block_size = weight.tensors()
+        return weight.block_size, weight.quant_type, nested is None, nested_block_size
+    return (weight.dtype,)
 
 
 class LoraLinear(nn.Module):
@@ -156,6 +174,21 @@ class LoraLinear(nn.Module):
             return lora_linear(x, weight, A, B, scaling, bias, dropout=dropout)
         magnitude, norm = self.lora_magnitude_vector[name], self.norm(name, x.dtype)
         return dora_linear(x, weight, A, B, scaling, magnitude, norm, bias, dropout=dropout)
+
+    @staticmethod
+    def forward_group(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor] | None:
+        """What each of the layers makes of x, as one product; None where they are not all plain LoRA layers of a kind."""
+        kinds = {_groupable(layer, x.dtype) for layer in layers}
+        if len(kinds) != 1 or None in kinds:
+            return None
+        names = [layer.active_adapter for layer in layers]
+        return lora_linear_group(
+            x,
+            [
+                (layer.base_layer.weight, *layer.factors(name), layer.scaling[name], layer.bias(name))
+                for layer, name in zip(layers, names, strict=True)
+            ],
+        )
 
     def _apply(self, fn, recurse=True):
         self._squares = self._norm = None

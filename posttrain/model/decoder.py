@@ -40,6 +40,13 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
+def project(x: Tensor, *layers: nn.Module) -> list[Tensor]:
+    """The layers' outputs for one input, by one product where the layers know how (LoraLinear does)."""
+    group = getattr(layers[0], "forward_group", None)
+    ys = None if group is None else group(layers, x)
+    return [layer(x) for layer in layers] if ys is None else ys
+
+
 class Attention(nn.Module):
     """Causal attention: grouped key-value heads (GQA, arXiv:2305.13245), rotary positions, in Qwen3 q/k norms."""
 
@@ -82,9 +89,9 @@ class Attention(nn.Module):
                 return q, k, qkv.narrow(2, heads + kv_heads, kv_heads)
             q, k, v = qkv.split((heads, kv_heads, kv_heads), 2)
         else:
-            q = self.q_proj(x).view(B, T, heads, self.head_dim)
-            k = self.k_proj(x).view(B, T, kv_heads, self.head_dim)
-            v = self.v_proj(x).view(B, T, kv_heads, self.head_dim)
+            q, k, v = project(x, self.q_proj, self.k_proj, self.v_proj)
+            q = q.view(B, T, heads, self.head_dim)
+            k, v = k.view(B, T, kv_heads, self.head_dim), v.view(B, T, kv_heads, self.head_dim)
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         return apply_rope(q, *rope), apply_rope(k, *rope), v
@@ -114,7 +121,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.fused is not None:
             return self.down_proj(swiglu(*self.fused(x).chunk(2, -1)))
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(swiglu(*project(x, self.gate_proj, self.up_proj)))
 
 
 class DecoderLayer(nn.Module):
