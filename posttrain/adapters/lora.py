@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from posttrain.errors import PosttrainError
 from posttrain.quantized import QuantizedLinear
 
 from .lora_config import LoraConfig, matches
@@ -132,7 +133,7 @@ def _from_file(config: LoraConfig, name: str, base: Any, tensors: dict[str, Tens
     values = {table: tensors[key].to(device) for table, key in keys.items() if key in tensors}
     if config.own_base:
         if not isinstance(base.weight, Tensor):
-            raise ValueError(
+            raise PosttrainError(
                 f"{name} is in 4 bits, and the adapter was trained on what LoftQ made of the dense weight in "
                 f"{config.loftq['loftq_iter']} steps; load it on the dense model, which is then quantized the same way"
             )
@@ -261,7 +262,12 @@ def unmerge(model: nn.Module) -> None:
 
 def unload(model: nn.Module, name: str) -> None:
     """Replace adapted layers by dense ones with the adapter merged in, one after another."""
-    layers = lora_layers(model)
+    layers, tied = lora_layers(model), getattr(getattr(model, "config", None), "tie_word_embeddings", False)
+    for layer_name, module in saved_modules(model).items():
+        if tied and name in module.copies and isinstance(module.original_module, nn.Embedding):
+            raise ValueError(
+                f"{layer_name} is tied to the head, which the adapter left as it was: one weight cannot be both; keep it attached"
+            )
     for layer_name, layer in layers.items():
         if name in layer.scaling:
             _merged(layer_name, layer, name)

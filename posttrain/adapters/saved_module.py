@@ -81,7 +81,7 @@ def modules_to_save(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module
     for name, module in chosen.items():
         if isinstance(module, SavedModule):
             continue
-        if any(module.buffers()) or not any(True for _ in module.parameters()):
+        if next(module.buffers(), None) is not None or next(module.parameters(), None) is None:
             raise ValueError(f"{name} is a {type(module).__name__} without weights of its own that could train (is it in 4 bits?)")
         if inside := [other for other in chosen if other != name and other.startswith(f"{name}.")]:
             raise ValueError(f"modules_to_save={config.modules_to_save!r} names {name} and {inside[0]} inside it")
