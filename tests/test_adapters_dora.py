@@ -14,7 +14,7 @@ from tolerance import assert_as_accurate
 
 from posttrain import adapters
 from posttrain.adapters import LoraConfig
-from posttrain.adapters.dora import dora_linear, row_squares, weight_norm
+from posttrain.adapters.dora import dora_linear, rescaling, row_squares, weight_norm
 from posttrain.adapters.lora import lora_layers
 from posttrain.kernels import quantize_weight
 from posttrain.quantized import QuantizedLinear, quantize_model
@@ -44,7 +44,7 @@ def plain(x, W, A, B, magnitude, bias, dropped=None):
 
 def ours(x, weight, A, B, magnitude, bias, dropout=0.0):
     norm = weight_norm(weight, row_squares(weight), A, B, SCALING, x.dtype)
-    return dora_linear(x, weight, A, B, SCALING, magnitude, norm, bias, dropout=dropout)
+    return dora_linear(x, weight, A, B, SCALING, rescaling(magnitude, norm), bias, dropout=dropout)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -75,7 +75,7 @@ def test_gradcheck_with_the_norm_held_constant():
     leaves = [x, A, B, torch.rand(4, dtype=torch.float64), torch.randn(4, dtype=torch.float64)]
 
     def run(x, A, B, magnitude, bias):
-        return dora_linear(x, weight, A, B, SCALING, magnitude, norm, bias)
+        return dora_linear(x, weight, A, B, SCALING, rescaling(magnitude, norm), bias)
 
     assert torch.autograd.gradcheck(run, [t.requires_grad_() for t in leaves], fast_mode=True)
 
@@ -191,13 +191,19 @@ def test_the_norm_is_kept_in_eval_mode_until_a_factor_changes(monkeypatch):
     layer = model.model.layers[0].mlp.up_proj
     with torch.no_grad():
         layer.lora_B["default"].mul_(2)
-    assert not torch.equal(logits(model), first) and len(calls) == layers + 1
+    second = logits(model)
+    assert not torch.equal(second, first) and len(calls) == layers + 1
+    with torch.no_grad():
+        layer.lora_magnitude_vector["default"].mul_(2)
+    assert not torch.equal(logits(model), second) and len(calls) == layers + 2
+    model(IDS).sum().backward()  # in eval mode gradients still reach the magnitudes
+    assert layer.lora_magnitude_vector["default"].grad.any() and len(calls) == layers + 2
     model.train()
     logits(model), logits(model)
-    assert len(calls) == 3 * layers + 1
+    assert len(calls) == 3 * layers + 2
     model.eval().to(torch.bfloat16)
     logits(model)
-    assert len(calls) == 4 * layers + 1
+    assert len(calls) == 4 * layers + 2
 
 
 def test_inference_tensors_are_not_taken_for_unchanged():

@@ -115,18 +115,27 @@ class _Rescale(torch.autograd.Function):
         return dz, dfactor
 
 
-def dora_linear(
-    x: Tensor, weight: Tensor | QuantizedWeight, lora_A: Tensor, lora_B: Tensor, scaling: float,
-    magnitude: Tensor, norm: Tensor, bias: Tensor | None = None, *, dropout: float = 0.0,
-) -> Tensor:  # fmt: skip
-    """(magnitude / norm) (x W^T + scaling x A^T B^T) + bias: (..., N) in x's dtype. Differentiable in x, A, B, magnitude, bias.
+def rescaling(magnitude: Tensor, norm: Tensor) -> Tensor:
+    """m / norm, and 0 where the norm is."""
+    nonzero = norm > 0
+    return torch.where(nonzero, magnitude / norm.where(nonzero, 1), 0)
 
-    norm: `weight_norm` of the same weight and factors. A row of norm 0 gives `bias` alone. Dropout as in the module's
-    docstring, its mask drawn from torch's generator.
+
+def dora_linear(
+    x: Tensor, weight: Tensor | QuantizedWeight, lora_A: Tensor, lora_B: Tensor, scaling: float, factor: Tensor,
+    bias: Tensor | None = None, *, dropout: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """factor (x W^T + scaling x A^T B^T) + bias: (..., N) in x's dtype. Differentiable in x, lora_A, lora_B, factor and bias.
+
+    factor (N,): `rescaling` of the magnitudes and of `weight_norm` of the same weight and factors; a row of norm 0 gives `bias`
+    alone. Dropout as in the module's docstring, its mask drawn from torch's generator.
     """
-    factor = torch.where(norm > 0, magnitude / norm.where(norm > 0, 1), 0)
     dropped = F.dropout(x, dropout) if dropout else x
-    y = _Rescale.apply(lora_linear(dropped, weight, lora_A, lora_B, scaling), factor)
+    y = lora_linear(dropped, weight, lora_A, lora_B, scaling)
+    if torch.is_grad_enabled():
+        y = _Rescale.apply(y, factor)
+    else:
+        y = torch.addcmul(y, y, (factor - 1).to(y.dtype))
     if dropout:
         y = y + linear(x - dropped, weight)
     return y if bias is None else y + bias

@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from posttrain.kernels import QuantizedWeight, lora_linear, lora_linear_group
 from posttrain.quantized import QuantizedLinear
 
-from .dora import dora_linear, linear, row_squares, weight_norm
+from .dora import dora_linear, linear, rescaling, row_squares, weight_norm
+
+_lora_linear = torch.ops.posttrain.lora_linear.default
 
 
 def _groupable(layer: nn.Module, dtype: torch.dtype) -> tuple | None:
@@ -73,14 +75,17 @@ class LoraLinear(nn.Module):
         self.dropout: dict[str, float] = {}
         self.active_adapter: str | None = None
         self.merged: nn.Linear | None = None
+        self._plain: set[str] = set()  # adapters that are lora_A and lora_B, no more
         self._squares: Tensor | None = None
-        self._norm: tuple[tuple, Tensor] | None = None
+        self._kept: tuple[tuple, Tensor, Tensor] | None = None
 
     def add(self, name: str, tensors: Mapping[str, Tensor], scaling: float = 1.0, dropout: float = 0.0) -> None:
         """Add an adapter: `tensors` by the names of TABLES."""
         for table, tensor in tensors.items():
             getattr(self, table)[name] = nn.Parameter(tensor, requires_grad=table not in self.FROZEN)
         self.scaling[name], self.dropout[name] = scaling, dropout
+        if tensors.keys() == {"lora_A", "lora_B"}:
+            self._plain.add(name)
 
     def drop(self, name: str) -> None:
         """Take an adapter away."""
@@ -88,6 +93,7 @@ class LoraLinear(nn.Module):
             if name in table:
                 del table[name]
         del self.scaling[name], self.dropout[name]
+        self._plain.discard(name)
         if self.active_adapter == name:
             self.active_adapter = None
 
@@ -114,19 +120,24 @@ class LoraLinear(nn.Module):
         return scaled if bias is None else scaled + bias
 
     def norm(self, name: str, dtype: torch.dtype) -> Tensor:
-        """||W + scaling B A|| row by row. Kept while the layer is in eval mode and its factors are the same tensors,
-        unchanged (in place, by autograd's count: a write through `.data` is not seen)."""
-        factors = self.factors(name)
-        sources = [self._table(t)[name] for t in ("lora_A", "lora_B")]
-        known = not self.training and not any(source.is_inference() for source in sources)
-        key = (name, dtype, *((id(source), source._version) for source in sources)) if known else ()
-        if known and self._norm is not None and self._norm[0] == key:
-            return self._norm[1]
+        """||W + scaling B A|| row by row."""
         if self._squares is None:
             self._squares = row_squares(self.base_layer.weight)
-        norm = weight_norm(self.base_layer.weight, self._squares, *factors, self.scaling[name], dtype)
-        self._norm = (key, norm) if known else None
-        return norm
+        return weight_norm(self.base_layer.weight, self._squares, *self.factors(name), self.scaling[name], dtype)
+
+    def rescaling(self, name: str, dtype: torch.dtype) -> Tensor:
+        """DoRA's m / norm. Norm and factor are kept while the layer is in eval mode and their sources are the same tensors,
+        unchanged (in place, by autograd's count: a write through `.data` is not seen)."""
+        sources = [self._table(t)[name] for t in ("lora_A", "lora_B", "lora_magnitude_vector")]
+        magnitude = sources[-1]
+        if self.training or any(source.is_inference() for source in sources):
+            return rescaling(magnitude, self.norm(name, dtype))
+        key = (name, dtype, *((id(source), source._version) for source in sources))
+        if self._kept is None or self._kept[0] != key:
+            norm = self.norm(name, dtype)
+            self._kept = key, norm, rescaling(magnitude.detach(), norm)
+        _, norm, factor = self._kept
+        return rescaling(magnitude, norm) if torch.is_grad_enabled() else factor
 
     def merged_weight(self, name: str) -> Tensor:
         """The adapted weight, summed in fp32 and rounded once to the base's dtype (a 4-bit base is dequantized first)."""
@@ -163,17 +174,30 @@ class LoraLinear(nn.Module):
         name = self.active_adapter
         if name is None:
             return self.base_layer(x)
+        dropout = self.dropout[name] if self.training else 0.0
+        if name in self._plain and not dropout:
+            return self._product(x, name)
         weight, bias = self.base_layer.weight, self.bias(name)
         if bias is not None and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)
         if name not in self.lora_A:
             return linear(x, weight, bias)
         A, B = self.factors(name)
-        scaling, dropout = self.scaling[name], self.dropout[name] if self.training else 0.0
         if name not in self.lora_magnitude_vector:
-            return lora_linear(x, weight, A, B, scaling, bias, dropout=dropout)
-        magnitude, norm = self.lora_magnitude_vector[name], self.norm(name, x.dtype)
-        return dora_linear(x, weight, A, B, scaling, magnitude, norm, bias, dropout=dropout)
+            return lora_linear(x, weight, A, B, self.scaling[name], bias, dropout=dropout)
+        return dora_linear(x, weight, A, B, self.scaling[name], self.rescaling(name, x.dtype), bias, dropout=dropout)
+
+    def _product(self, x: Tensor, name: str) -> Tensor:
+        """What lora_linear computes, its arguments known to fit: a decoded token calls every layer, and looking them up and over
+        costs as much as a small layer's product."""
+        tables, base = self._modules, self.base_layer
+        A, B = tables["lora_A"]._parameters[name], tables["lora_B"]._parameters[name]  # type: ignore[union-attr]
+        weight, sizes = base.weight, (self.out_features, self.in_features)
+        if isinstance(weight, QuantizedWeight):
+            tensors, format = weight.tensors(), (weight.block_size, weight.quant_type)
+        else:
+            tensors, format = (weight, None, None, None, 0), (0, "none")
+        return _lora_linear(x, *tensors, A, B, self.scaling[name], base.bias, 0.0, 0, *sizes, *format)
 
     @staticmethod
     def forward_group(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor] | None:
@@ -191,11 +215,11 @@ class LoraLinear(nn.Module):
         )
 
     def _apply(self, fn, recurse=True):
-        self._squares = self._norm = None
+        self._squares = self._kept = None
         return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
-        self._squares = self._norm = None
+        self._squares = self._kept = None
         super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:
