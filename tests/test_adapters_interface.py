@@ -246,7 +246,7 @@ def test_merging_where_it_makes_sense(model, kind, config):
     assert_unchanged(model, before)
     adapters.merge_and_unload(model)
     assert torch.equal(logits(model), merged) and not adapters.adapter_names(model)
-    assert list(model.state_dict()) == list(make().state_dict())  # plain dense layers
+    assert {type(m) for m in model.modules()} <= {*base[1], nn.Linear}  # nothing of the method is left
 
 
 def test_decoding_with_a_cache_writes_what_whole_passes_write(model, config):
