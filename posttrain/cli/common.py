@@ -45,7 +45,34 @@ def add_model_arguments(parser: argparse.ArgumentParser, adapter: bool = True, d
         parser.set_defaults(adapter=None)
     parser.add_argument("--quantize", choices=QUANT_TYPES, help="hold the linear layers in 4 bits (default: as stored)")
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default=dtype, help=f"default {dtype or 'bf16'}")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default %(default)s)")
+    add_device_argument(parser)
+
+
+def add_device_argument(parser: argparse.ArgumentParser) -> None:
+    """--device."""
+    parser.add_argument(
+        "--device", default="auto", help="cpu, cuda, cuda:N, or auto: the GPU where there is one, else cpu (default %(default)s)"
+    )
+
+
+def resolve_device(name: str) -> str:
+    """What --device means on this machine; "auto" is the first GPU that torch can use, else "cpu".
+
+    Raises PosttrainError for a name that is none of the choices, or for a GPU that is not here.
+    """
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        return "cuda" if count else "cpu"
+    kind, _, index = name.partition(":")
+    if name != "cpu" and (kind != "cuda" or (":" in name and not index.isdecimal())):
+        raise PosttrainError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
+    if kind == "cuda" and int(index or 0) >= count:
+        raise PosttrainError(
+            f"--device {name}: torch {torch.__version__} sees {count} GPUs here; use --device cpu, or see posttrain doctor"
+        )
+    return name
 
 
 def positive_int(text: str) -> int:
@@ -84,7 +111,7 @@ def load_model(args: argparse.Namespace) -> tuple[CausalLM, Tokenizer]:
 
     folder = resolve_model(args.model)
     tokenizer = Tokenizer.load(folder)
-    model = load(folder, dtype=args.dtype, quantize=args.quantize, device=args.device)
+    model = load(folder, dtype=args.dtype, quantize=args.quantize, device=resolve_device(args.device))
     if args.adapter is not None:
         from posttrain.adapters import load_adapter
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from posttrain.cli.common import positive_int
+from posttrain.cli.common import add_device_argument, positive_int
 
 HELP = "fine-tune a real model in 4 bits, measured before and after"
 EXAMPLES = """\
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", type=positive_int, metavar="N", help="rows of 256 tokens a step")
     parser.add_argument("--learning-rate", type=float, metavar="X")
     parser.add_argument("--test-items", type=positive_int, metavar="N", help="of the test split (default 1000)")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default %(default)s)")
+    add_device_argument(parser)
     parser.add_argument("--seed", type=int, default=0, help="default %(default)s")
 
 
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
     from dataclasses import replace
     from pathlib import Path
 
-    from posttrain.cli.common import resolve_model
+    from posttrain.cli.common import resolve_device, resolve_model
     from posttrain.quickstart import OFFLINE, REVIEWS, quickstart
 
     settings = OFFLINE if args.offline else REVIEWS
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
     settings = replace(settings, seed=args.seed, **{name: value for name, value in given.items() if value is not None})
     model = None if args.model is None else resolve_model(args.model)
     try:
-        quickstart(settings, Path(args.output), model=model, device=args.device, restart=args.restart)
+        quickstart(settings, Path(args.output), model=model, device=resolve_device(args.device), restart=args.restart)
     except KeyboardInterrupt:
         print("\nRun the same command again: training goes on from its last checkpoint.", file=sys.stderr)
         raise
