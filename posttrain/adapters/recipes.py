@@ -2,8 +2,8 @@
 
 The adapters' sizes are the papers' or PEFT's usual ones. Rates of lora, qlora and dora are the quickstart's, which were
 chosen on its validation split; so was adapter's (SmolLM2-135M in NF4, 300 items: 0.793 untrained, 0.893 after 40 steps of
-2 x 256 tokens). The others are starting points, on which the training loss falls but whose accuracy has not been compared
-with that of other rates: prefix, prompt, p-tuning, ia3 and full.
+2 x 256 tokens). The others are starting points that have not been compared with other rates: prefix, prompt, p-tuning,
+ia3 and full.
 """
 
 from __future__ import annotations
