@@ -8,12 +8,15 @@ import warnings
 import pytest
 import torch
 from model_cases import hf_config, random_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_adapters_lora import assert_unchanged, snapshot, wide
 from tolerance import assert_as_accurate
 
 from posttrain import adapters
 from posttrain.adapters import LoraConfig, attach, load_adapter, save_adapter
+from posttrain.adapters.lora import lora_layers
+from posttrain.adapters.lora_embedding import LoraEmbedding
+from posttrain.adapters.saved_module import saved_modules
 from posttrain.errors import PosttrainError
 from posttrain.quantized import quantize_model
 
@@ -28,6 +31,8 @@ FORMS = {
     "head": ("llama2", {"modules_to_save": ["lm_head"], "target_modules": ["q_proj"]}),
     "head_and_embeddings": ("llama2", {"modules_to_save": ["lm_head", "embed_tokens"], "target_modules": ["q_proj"]}),
     "tied_embeddings": ("smollm2", {"modules_to_save": ["embed_tokens"], "target_modules": ["q_proj"]}),
+    "embeddings": ("llama2", {"target_modules": ["embed_tokens", "q_proj"], "rank_pattern": {"embed_tokens": 2}}),
+    "embeddings_of_a_tied_head": ("smollm2", {"target_modules": ["embed_tokens", "q_proj"], "lora_dropout": 0.1}),
     "norms": ("smollm2", {"modules_to_save": ["norm"], "target_modules": ["q_proj"], "use_dora": True}),
 }
 
@@ -103,6 +108,7 @@ def test_we_load_pefts(tmp_path, form):
     assert sum(p.numel() for p in adapters.adapter_parameters(model).values()) == sum(p.numel() for p in trained)
     save_adapter(model, tmp_path / "again")
     theirs, ours = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path, tmp_path / "again"))
+    theirs = {key: tensor for key, tensor in theirs.items() if not key.endswith("embed_tokens.base_layer.weight")}
     assert theirs.keys() == ours.keys() and all(torch.equal(tensor, ours[key]) for key, tensor in theirs.items())
     adapters.delete_adapter(model, "default")
     assert_unchanged(model, snapshot(bare))
@@ -135,7 +141,7 @@ def test_attached_merged_saved_and_taken_off(tmp_path, form, quantized):
     assert_as_accurate(merged, adapted, exact_logits(model))
     adapters.unmerge(model)
     assert torch.equal(logits(model), adapted)
-    if form == "tied_embeddings":
+    if "tied" in form:
         with pytest.raises(ValueError, match="embed_tokens is tied to the head"):
             adapters.merge_and_unload(twin)
         assert torch.equal(logits(twin), adapted)
@@ -147,16 +153,18 @@ def test_attached_merged_saved_and_taken_off(tmp_path, form, quantized):
 
 def exact_logits(model):
     """Float64 logits of the merged model with its weights recomputed in float64."""
-    from posttrain.adapters.lora import lora_layers
-    from posttrain.adapters.saved_module import saved_modules
-
     exact = copy.deepcopy(model)
     for name, layer in lora_layers(exact).items():
         layer.merged = None
         layer.base_layer = wide(torch.nn.Sequential(layer.base_layer))[0]
         exact.set_submodule(name, layer.double().merge_dense("default"))
+    for module in list(exact.modules()):
+        if isinstance(module, LoraEmbedding):
+            merged = module.double().merge_dense("default")
+            module.merged = merged
     for name, module in saved_modules(exact).items():
-        exact.set_submodule(name, module.unload("default"))
+        if not isinstance(module.original_module, torch.nn.Embedding):
+            exact.set_submodule(name, module.unload("default"))
     return logits(wide(exact))
 
 
@@ -204,6 +212,24 @@ def test_a_module_in_4_bits_cannot_train_whole():
     quantize_model(model)
     with pytest.raises(ValueError, match="mlp is a MLP without weights of its own"):
         attach(model, LoraConfig(r=2, modules_to_save=["mlp"], target_modules=["q_proj"]))
+
+
+def test_an_embedding_that_comes_with_the_adapter_must_be_the_models(tmp_path):
+    """PEFT writes the whole embedding under an update: another one than the model's is not silently left out."""
+    model = random_model("llama2")
+    attach(model, LoraConfig(r=2, target_modules=["embed_tokens"]))
+    save_adapter(model, tmp_path)
+    file, key = tmp_path / "adapter_model.safetensors", "base_model.model.model.embed_tokens.base_layer.weight"
+    weight = model.model.embed_tokens.base_layer.weight
+    adapters.delete_adapter(model, "default")
+    save_file({**load_file(file), key: weight.detach().clone()}, file)
+    load_adapter(model, tmp_path)
+    adapters.delete_adapter(model, "default")
+    before = snapshot(model)
+    save_file({**load_file(file), key: weight.detach() + 1}, file)
+    with pytest.raises(PosttrainError, match="brings another model.embed_tokens than this model has"):
+        load_adapter(model, tmp_path)
+    assert_unchanged(model, before)
 
 
 def test_loftq_of_several_steps_is_refused_on_a_base_in_4_bits(tmp_path):

@@ -1,6 +1,7 @@
 """Adapters: small trained additions to a frozen model. One file a method; interface.py is what they share."""
 
 from .bottleneck import BottleneckConfig
+from .combine import combine
 from .ia3 import IA3Config
 from .interface import (
     METHODS,
@@ -24,6 +25,7 @@ from .interface import (
     unmerge,
 )
 from .lora_config import LoraConfig
+from .lora_init import init_loftq
 from .p_tuning import PromptEncoderConfig
 from .prefix import PrefixTuningConfig
 from .prompt import PromptTuningConfig
@@ -43,11 +45,13 @@ __all__ = [
     "adapter_parameters",
     "attach",
     "base_fingerprint",
+    "combine",
     "delete_adapter",
     "disable",
     "disabled",
     "drop_encoder",
     "enable",
+    "init_loftq",
     "is_merged",
     "load_adapter",
     "merge",

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from .interface import _attach, _check_new, adapter_configs, adapter_names
 from .lora import KEYS, lora_layers
 from .lora_config import LoraConfig
+from .lora_embedding import LoraEmbedding
 from .lora_linear import LoraLinear
 from .peft_format import PREFIX
 
@@ -93,6 +94,9 @@ def combine(
     configs = [adapter_configs(model)[name] for name in names]
     _check_new(model, configs[0], new_name)
     tensors, ranks = {}, {}
+    for layer_name, embedding in model.named_modules():
+        if isinstance(embedding, LoraEmbedding) and any(name in embedding.scaling for name in names):
+            raise ValueError(f"{layer_name} is an embedding with an update; only those of linear layers add up here")
     for layer_name, layer in lora_layers(model).items():
         parts = [(name, float(weight)) for name, weight in zip(names, weights, strict=True) if name in layer.lora_A]
         if not parts:

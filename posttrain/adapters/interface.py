@@ -351,6 +351,7 @@ def _check_keys(path: str | os.PathLike, expected: dict[str, tuple[int, ...]], t
         for key, shape in expected.items()
         if key in tensors and tuple(tensors[key].shape) != shape
     ]
+    problems += [f"{key} is {t.dtype}, expected a floating-point tensor" for key, t in tensors.items() if not t.is_floating_point()]
     if problems:
         shown = "; ".join(sorted(problems)[:4])
         more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""

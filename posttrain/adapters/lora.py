@@ -18,13 +18,16 @@ from posttrain.errors import PosttrainError
 from posttrain.quantized import QuantizedLinear
 
 from .lora_config import LoraConfig, matches
+from .lora_embedding import LoraEmbedding
+from .lora_embedding import initial as initial_embedding
 from .lora_init import initial, quantize_less
 from .lora_linear import LoraLinear
 from .peft_format import PREFIX
 from .saved_module import SavedModule, modules_to_save, parameter_shapes, saved_modules
 
 LINEAR = (nn.Linear, QuantizedLinear)
-# LoraLinear's tables by the end of their keys in the file. A layer with a trained bias and no update has the key "bias".
+WRAPPERS = (LoraLinear, LoraEmbedding)
+# The wrappers' tables by the end of their keys in the file. A layer with a trained bias and no update has the key "bias".
 KEYS = {
     "lora_A": "lora_A.weight",
     "lora_B": "lora_B.weight",
@@ -33,23 +36,30 @@ KEYS = {
     "base_bias": "base_layer.bias",
     "loftq_A": "loftq_A.weight",
     "loftq_B": "loftq_B.weight",
+    "lora_embedding_A": "lora_embedding_A",
+    "lora_embedding_B": "lora_embedding_B",
 }
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
-    """The layers that carry adapters, by the names they had before."""
+    """The linear layers that carry adapters, by the names they had before."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
+
+
+def _adapted(model: nn.Module) -> dict[str, Any]:
+    """The linear layers and embeddings that carry adapters, by the names they had before."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, WRAPPERS)}
 
 
 def _everything(model: nn.Module) -> dict[str, nn.Module]:
     """The model's modules by name, as they would be without adapters: nothing inside those that carry one."""
-    inside = tuple(f"{name}." for name in (*lora_layers(model), *saved_modules(model)))
+    inside = tuple(f"{name}." for name in (*_adapted(model), *saved_modules(model)))
     return {n: m for n, m in model.named_modules() if n and not n.startswith(inside)}
 
 
 def target_layers(model: nn.Module, config: LoraConfig) -> dict[str, Any]:
-    """{name: linear layer or LoraLinear} that the config selects. ValueError where it selects none, or something not
-    linear."""
+    """{name: linear layer, embedding, or their wrapper} that the config selects. ValueError where it selects none, or
+    something else."""
     everything = _everything(model)
     whole = modules_to_save(model, config)
     chosen = {n: m for n, m in everything.items() if matches(config, n)}
@@ -65,14 +75,21 @@ def target_layers(model: nn.Module, config: LoraConfig) -> dict[str, Any]:
         )
     if both := [n for n in chosen if any(n == name or n.startswith(f"{name}.") for name in whole)]:
         raise ValueError(f"{both[0]} is a target module and one of modules_to_save={config.modules_to_save!r}; leave out one")
-    if wrong := [n for n in chosen if n not in linear]:
+    embeddings = {n: m for n, m in chosen.items() if isinstance(m, nn.Embedding | LoraEmbedding)}
+    if wrong := [n for n in chosen if n not in linear and n not in embeddings]:
         kind = type(chosen[wrong[0]]).__name__
-        raise ValueError(f"target module {wrong[0]} is a {kind}; LoRA here goes on linear layers alone")
+        raise ValueError(f"target module {wrong[0]} is a {kind}; LoRA here goes on linear layers and embeddings alone")
+    beyond = config.use_dora or config.lora_bias or config.init_lora_weights not in (True, False, "gaussian")
+    for name, module in embeddings.items():
+        if beyond or _base(module).max_norm is not None:
+            raise ValueError(
+                f"{name} is an embedding: it takes init_lora_weights True or False, no use_dora, no lora_bias and no max_norm"
+            )
     return chosen
 
 
 def _base(layer: Any) -> Any:
-    return layer.base_layer if isinstance(layer, LoraLinear) else layer
+    return layer.base_layer if isinstance(layer, WRAPPERS) else layer
 
 
 def _bases(model: nn.Module, config: LoraConfig) -> dict[str, Any]:
@@ -109,7 +126,12 @@ def shapes(model: nn.Module, config: LoraConfig) -> dict[str, tuple[int, ...]]:
     """{key: shape} of the adapter's tensors."""
     expected: dict[str, tuple[int, ...]] = {}
     for name, base in _bases(model, config).items():
-        r, N, K = config.rank(name), base.out_features, base.in_features
+        r = config.rank(name)
+        if isinstance(base, nn.Embedding):
+            expected[f"{PREFIX}{name}.lora_embedding_A"] = (r, base.num_embeddings)
+            expected[f"{PREFIX}{name}.lora_embedding_B"] = (base.embedding_dim, r)
+            continue
+        N, K = base.out_features, base.in_features
         tables: dict[str, tuple[int, ...]] = {"lora_A": (r, K), "lora_B": (N, r)}
         if config.own_base:
             tables |= {"loftq_A": (r, K), "loftq_B": (N, r)}
@@ -126,11 +148,22 @@ def shapes(model: nn.Module, config: LoraConfig) -> dict[str, tuple[int, ...]]:
     return expected
 
 
+def optional_shapes(model: nn.Module, config: LoraConfig) -> dict[str, tuple[int, ...]]:
+    """{key: shape} of what PEFT writes beside: the whole embedding under an update."""
+    embeddings = {n: base for n, base in _bases(model, config).items() if isinstance(base, nn.Embedding)}
+    return {f"{PREFIX}{name}.base_layer.weight": tuple(base.weight.shape) for name, base in embeddings.items()}
+
+
 def _from_file(config: LoraConfig, name: str, base: Any, tensors: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
     """(base, tensors by table) of a layer's part of a file."""
-    device = base.bias.device if base.bias is not None else next(iter(base.state_dict().values())).device
+    device = next(iter(base.state_dict().values())).device
     keys = {table: f"{PREFIX}{name}.{end}" for table, end in KEYS.items()}
     values = {table: tensors[key].to(device) for table, key in keys.items() if key in tensors}
+    whole = tensors.get(f"{PREFIX}{name}.base_layer.weight")
+    if whole is not None and not torch.equal(whole.to(base.weight), base.weight):
+        raise PosttrainError(
+            f"the adapter brings another {name} than this model has: it was trained on another base, or resized it"
+        )
     if config.own_base:
         if not isinstance(base.weight, Tensor):
             raise PosttrainError(
@@ -155,12 +188,17 @@ def insert(
         return parameter.detach().to(dtype or torch.promote_types(parameter.dtype, torch.float32), copy=True)
 
     bases = _bases(model, config)
-    if config.init_lora_weights == "loftq" and (present := lora_layers(model)):
+    if config.init_lora_weights == "loftq" and (present := _adapted(model)):
         raise ValueError(f"LoftQ quantizes the base, and {next(iter(present))} carries an adapter; delete_adapter first")
     planned: dict[str, tuple[Any, dict[str, Tensor]]] = {}
     for layer, base in bases.items():
-        made = initial(config, layer, base, dtype) if tensors is None else _from_file(config, layer, base, tensors)
-        if tensors is None and config.bias != "none" and base.bias is not None:
+        if tensors is not None:
+            made = _from_file(config, layer, base, tensors)
+        elif isinstance(base, nn.Embedding):
+            made = base, initial_embedding(config, layer, base, dtype)
+        else:
+            made = initial(config, layer, base, dtype)
+        if tensors is None and config.bias != "none" and getattr(base, "bias", None) is not None:
             made[1]["base_bias"] = value(f"{layer}.base_layer.bias", base.bias)
         planned[layer] = made
     for layer, base in _biased(model, config).items():
@@ -171,7 +209,7 @@ def insert(
         copies[layer] = original, {key: value(f"{layer}.{key}", p) for key, p in original.named_parameters()}
 
     for layer, (base, values) in planned.items():
-        wrapper = _wrapper(model, layer, LoraLinear, base)
+        wrapper = _wrapper(model, layer, LoraEmbedding if isinstance(base, nn.Embedding) else LoraLinear, base)
         wrapper.add(name, values, config.scaling(layer) if layer in bases else 1.0, config.lora_dropout)
     for layer, (original, parameters) in copies.items():
         _wrapper(model, layer, SavedModule, original).add(name, parameters)
@@ -187,12 +225,12 @@ def _wrapper(model: nn.Module, name: str, kind: type, base: nn.Module) -> Any:
     return module
 
 
-def _tensors(model: nn.Module, name: str) -> Iterator[tuple[str, str, LoraLinear]]:
+def _tensors(model: nn.Module, name: str) -> Iterator[tuple[str, str, Any]]:
     """(the layer's prefix in the file, the table, the layer) of each tensor that goes by itself into the file."""
-    for layer_name, layer in lora_layers(model).items():
+    for layer_name, layer in _adapted(model).items():
         for table in layer.tensors(name):
             if table in KEYS:
-                end = KEYS[table] if name in layer.lora_A else "bias"
+                end = "bias" if layer.tensors(name).keys() == {"base_bias"} else KEYS[table]
                 yield f"{PREFIX}{layer_name}.{end}", table, layer
 
 
@@ -211,14 +249,14 @@ def saved(model: nn.Module, name: str) -> dict[str, Tensor]:
     for key, table, layer in _tensors(model, name):
         if table in LoraLinear.FROZEN:
             found[key] = layer.tensors(name)[table]
-        elif name in layer.lora_A0 and table in ("lora_A", "lora_B"):
+        elif table in ("lora_A", "lora_B") and name in layer.lora_A0:
             found[key] = layer.factors(name)[table == "lora_B"].detach()
     return found
 
 
 def activate(model: nn.Module, name: str | None) -> None:
     """Let that adapter act where it is, and the base alone elsewhere."""
-    for layer in lora_layers(model).values():
+    for layer in _adapted(model).values():
         layer.active_adapter = name if name in layer.scaling else None
     for module in saved_modules(model).values():
         module.active_adapter = name if name is not None and name in module.copies else None
@@ -226,7 +264,7 @@ def activate(model: nn.Module, name: str | None) -> None:
 
 def remove(model: nn.Module, name: str) -> None:
     """Drop the adapter; layers without any become what they were (4-bit ones where LoftQ quantized them)."""
-    for layer_name, layer in lora_layers(model).items():
+    for layer_name, layer in _adapted(model).items():
         if name in layer.scaling:
             layer.drop(name)
         if not layer.scaling:
@@ -238,7 +276,7 @@ def remove(model: nn.Module, name: str) -> None:
             model.set_submodule(layer_name, module.original_module)
 
 
-def _merged(layer_name: str, layer: LoraLinear, name: str) -> nn.Linear:
+def _merged(layer_name: str, layer: Any, name: str) -> nn.Module:
     try:
         return layer.merge_dense(name)
     except ValueError as error:
@@ -247,7 +285,7 @@ def _merged(layer_name: str, layer: LoraLinear, name: str) -> nn.Linear:
 
 def merge(model: nn.Module, name: str) -> None:
     """Compute with the adapted weights as dense layers, the bases beside them. Copies of whole modules act as before."""
-    layers = {n: layer for n, layer in lora_layers(model).items() if name in layer.scaling}
+    layers = {n: layer for n, layer in _adapted(model).items() if name in layer.scaling}
     merged = {layer: _merged(n, layer, name) for n, layer in layers.items()}
     activate(model, name)
     for layer, dense in merged.items():
@@ -256,18 +294,19 @@ def merge(model: nn.Module, name: str) -> None:
 
 def unmerge(model: nn.Module) -> None:
     """Drop the merged layers."""
-    for layer in lora_layers(model).values():
+    for layer in _adapted(model).values():
         layer.merged = None
 
 
 def unload(model: nn.Module, name: str) -> None:
     """Replace adapted layers by dense ones with the adapter merged in, one after another."""
-    layers, tied = lora_layers(model), getattr(getattr(model, "config", None), "tie_word_embeddings", False)
-    for layer_name, module in saved_modules(model).items():
-        if tied and name in module.copies and isinstance(module.original_module, nn.Embedding):
-            raise ValueError(
-                f"{layer_name} is tied to the head, which the adapter left as it was: one weight cannot be both; keep it attached"
-            )
+    layers, tied = _adapted(model), getattr(getattr(model, "config", None), "tie_word_embeddings", False)
+    changed = [n for n, layer in layers.items() if isinstance(layer, LoraEmbedding) and name in layer.scaling]
+    changed += [n for n, m in saved_modules(model).items() if isinstance(m.original_module, nn.Embedding) and name in m.copies]
+    if tied and changed:
+        raise ValueError(
+            f"{changed[0]} is tied to the head, which the adapter left as it was: one weight cannot be both; keep it attached"
+        )
     for layer_name, layer in layers.items():
         if name in layer.scaling:
             _merged(layer_name, layer, name)

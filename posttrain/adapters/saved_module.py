@@ -81,6 +81,8 @@ def modules_to_save(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module
     for name, module in chosen.items():
         if isinstance(module, SavedModule):
             continue
+        if any(hasattr(inner, "active_adapter") for inner in module.modules()):
+            raise ValueError(f"{name} carries an adapter and cannot train whole beside it; delete_adapter that first")
         if next(module.buffers(), None) is not None or next(module.parameters(), None) is None:
             raise ValueError(f"{name} is a {type(module).__name__} without weights of its own that could train (is it in 4 bits?)")
         if inside := [other for other in chosen if other != name and other.startswith(f"{name}.")]:
