@@ -2,6 +2,7 @@
 
 The stand-in can decorate a kernel and be named in annotations; nothing in it can run. The CPU engine needs no triton.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -33,9 +34,17 @@ def backend() -> str:
     return triton.runtime.driver.active.get_current_target().backend
 
 
+def current_arch() -> tuple[str, int | str]:
+    """(backend, architecture) that launches compile for: ("cuda", 90), ("hip", "gfx942"), ("interpreter", 0)."""
+    if backend() == "interpreter":
+        return "interpreter", 0
+    target = triton.runtime.driver.active.get_current_target()
+    return target.backend, target.arch
+
+
 def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
     """Triton launches on the current device: make it the tensor's. CPU tensors (interpreter, emulator) need nothing."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
-__all__ = ["HAS_TRITON", "backend", "on_device_of", "tl", "triton"]
+__all__ = ["HAS_TRITON", "backend", "current_arch", "on_device_of", "tl", "triton"]

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ._low_rank import LowRank
 from ._split_k import add_parts_triton
-from ._triton import backend
+from ._triton import current_arch
 from .lora_linear_down import lora_linear_down_triton
 from .lora_linear_grad import lora_linear_grad_triton, one_pass
 from .lora_linear_plan import down_parts, grad_parts
@@ -68,7 +68,7 @@ def _whole(s: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _grad(z: Tensor, s: Tensor, b: Tensor | None, scaling: float, dropout: float, seed: int, transposed: bool, dtype: torch.dtype):
     parts = grad_parts(
-        *z.shape, s.shape[1], z.element_size(), dropout > 0, b is not None, backend(), current_target()
+        *z.shape, s.shape[1], z.element_size(), dropout > 0, b is not None, *current_arch(), current_target()
     )  # fmt: skip
     return lora_linear_grad_triton(z, s, b, scaling, dropout, seed, parts, transposed, dtype)
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ._dropout import arguments, drop, kept
 from ._split_k import add_parts_triton
-from ._triton import backend, on_device_of, tl, triton
+from ._triton import current_arch, on_device_of, tl, triton
 from ._variant import Variant
 from .lora_linear_down import rank_tile
 
@@ -68,10 +68,13 @@ def _lora_linear_grad_kernel(
     tl.store(grad + offs_j.to(tl.int64)[None, :] * stride_gj, acc * scaling, mask=mask_grad)
 
 
-def grad_tile(R: int, itemsize: int, dropout: bool, with_v: bool, backend_name: str) -> dict[str, int]:
-    """Rows and columns of z and columns of s that a program takes at once, and its warps."""
+def grad_tile(R: int, itemsize: int, dropout: bool, with_v: bool, backend_name: str, arch: int | str) -> dict[str, int]:
+    """Rows and columns of z and columns of s that a program takes at once, and its warps. Two sums at once: a tile of 64 KB, half
+    of that where shared memory is small (AMD) or the two spill (sm_100)."""
     if with_v:
-        columns = (512 if R <= 16 else 256) // (2 if backend_name == "hip" else 1)  # a tile of 64 KB, 32 on AMD
+        columns = 512 if R <= 16 else 256
+        if backend_name == "hip" or (isinstance(arch, int) and arch >= 100 and R <= 16):
+            columns //= 2
         return {"BLOCK_M": 64, "BLOCK_C": columns, "BLOCK_R": rank_tile(R, 32), "num_warps": 8}
     narrow = dropout or itemsize == 4
     return {"BLOCK_M": 32 if narrow else 64, "BLOCK_C": 64 if narrow else 128, "BLOCK_R": rank_tile(R, 64), "num_warps": 4}
@@ -91,7 +94,7 @@ def lora_linear_grad_triton(
     z (M, C) and s (M, R) of any row stride, b (C, R) contiguous. The rows are summed in `parts` parts.
     """
     (M, C), R = z.shape, s.shape[1]
-    tile = grad_tile(R, z.element_size(), dropout > 0, b is not None, "cuda" if backend() == "interpreter" else backend())
+    tile = grad_tile(R, z.element_size(), dropout > 0, b is not None, *current_arch())
     num_warps = tile.pop("num_warps")
     columns = triton.cdiv(C, tile["BLOCK_C"])
     partial = z.new_empty(parts, *((R, C) if transposed else (C, R)), dtype=torch.float32)
@@ -123,8 +126,10 @@ def aot_variants() -> Iterator[Variant]:
         ("fp32", 16, False, 0, True),
         ("fp32", 64, False, 2, True),
     ]
-    for (dtype, R, with_v, dropout, even), backend_name in itertools.product(cases, ("cuda", "hip")):
-        tile = grad_tile(R, 4 if dtype == "fp32" else 2, dropout > 0, with_v, backend_name)
+    for (dtype, R, with_v, dropout, even), (backend_name, arch) in itertools.product(
+        cases, (("cuda", 80), ("cuda", 90), ("cuda", 100), ("hip", "gfx942"))
+    ):
+        tile = grad_tile(R, 4 if dtype == "fp32" else 2, dropout > 0, with_v, backend_name, arch)
         num_warps = tile.pop("num_warps")
         integer = "i32:16" if R % 16 == 0 else "i32"
         signature = {"z_ptr": f"*{dtype}", "s_ptr": f"*{dtype}", "b_ptr": "*fp32" if with_v else "constexpr", "grad_ptr": "*fp32"}
@@ -149,5 +154,5 @@ def aot_variants() -> Iterator[Variant]:
         yield Variant(
             f"lora_linear_grad_{dtype}_{R}" + "_v" * with_v + f"_drop{dropout}" * (dropout > 0) + "_odd" * (not even),
             _lora_linear_grad_kernel, signature | dict.fromkeys(constexprs, "constexpr"), constexprs,
-            num_warps=num_warps, num_stages=2, backends=(backend_name,),
+            num_warps=num_warps, num_stages=2, backends=(backend_name,), archs=(arch,),
         )  # fmt: skip

@@ -38,9 +38,11 @@ def down_parts(M: int, R: int, K: int, itemsize: int, dropout: bool, target: Tar
 
 
 @functools.lru_cache(maxsize=4096)
-def grad_parts(M: int, C: int, R: int, itemsize: int, dropout: bool, with_v: bool, backend_name: str, target: Target) -> int:
+def grad_parts(
+    M: int, C: int, R: int, itemsize: int, dropout: bool, with_v: bool, backend_name: str, arch: int | str, target: Target
+) -> int:
     """Into how many parts z^T s cuts the rows, for z (M, C) and s (M, R)."""
-    tile = grad_tile(R, itemsize, dropout, with_v, backend_name)
+    tile = grad_tile(R, itemsize, dropout, with_v, backend_name, arch)
     programs = -(-C // tile["BLOCK_C"]) * -(-R // tile["BLOCK_R"])
     in_flight = itemsize * tile["BLOCK_M"] * min(C, tile["BLOCK_C"])  # a tile ahead
     most = min(MOST_PARTS_GRAD, M // tile["BLOCK_M"], itemsize * M // (8 * R))

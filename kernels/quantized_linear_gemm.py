@@ -41,7 +41,7 @@ from . import codebooks
 from ._lookup import decode_absmax
 from ._low_rank import NONE, LowRank, add_tile, arguments
 from ._split_k import add_parts_triton
-from ._triton import backend, on_device_of, tl, triton
+from ._triton import current_arch, on_device_of, tl, triton
 from ._variant import Variant
 from .quantized_linear_decode import split4
 
@@ -196,13 +196,6 @@ def gemm_tile(M: int, backend_name: str, arch: int | str) -> tuple[dict[str, int
     return tile, options
 
 
-def _current_arch() -> tuple[str, int | str]:
-    if backend() == "interpreter":
-        return "interpreter", 0
-    target = triton.runtime.driver.active.get_current_target()
-    return target.backend, target.arch
-
-
 def quantized_linear_gemm_triton(
     x: Tensor, packed: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_offset: Tensor | None,
     nested_block_size: int, bias: Tensor | None, N: int, K: int, block_size: int, quant_type: str, split_k: int = 1,
@@ -214,7 +207,7 @@ def quantized_linear_gemm_triton(
     x = x if x.stride(0) < 2**25 else x.contiguous()  # a tile's offsets are 32-bit: 64 rows at most
     y = x.new_empty(M, N)
     out = y if split_k == 1 else x.new_empty(split_k, M, N, dtype=torch.float32)
-    tile, options = gemm_tile(M, *_current_arch())
+    tile, options = gemm_tile(M, *current_arch())
     nested_block = 0 if nested_absmax is None else nested_block_size
     with on_device_of(x):
         _quantized_linear_gemm_kernel[(triton.cdiv(N, BLOCK_N), triton.cdiv(M, tile["BLOCK_M"] * tile["TILES_M"]), split_k)](

@@ -14,6 +14,7 @@ from posttrain.reference import philox
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 WEIGHTS = ("none", "nf4")
+HALF = torch.bfloat16
 
 
 def run(c: lora_cases.Case) -> list[torch.Tensor]:
@@ -237,15 +238,7 @@ def test_compiles_whole(quant_type):
         (ValueError, "do not fit a weight", {"lora_B": torch.ones(5, 4)}),
         (ValueError, "do not fit a weight", {"lora_A": torch.ones(64)}),
         (TypeError, "x is torch.float64; expected", {"x": torch.ones(2, 64, dtype=torch.double)}),
-        (
-            TypeError,
-            (
-                TypeError,
-                "the weight is torch.float32 and x torch.bfloat16",
-                {"w": torch.ones(5, 64), "x": torch.ones(2, 64, dtype=torch.bfloat16)},
-            ),
-            {"w": torch.ones(5, 64), "x": torch.ones(2, 64).bfloat16()},
-        ),
+        (TypeError, "the weight is torch.float32 and x torch.bfloat16", {"w": torch.ones(5, 64), "x": torch.ones(2, 64).to(HALF)}),
         (TypeError, "lora_A is torch.int64", {"lora_A": torch.ones(3, 64, dtype=torch.long)}),
         (ValueError, "x is on meta and the weight on cpu", {"x": torch.ones(2, 64, device="meta")}),
         (ValueError, "x is on cpu and lora_B on meta", {"lora_B": torch.ones(5, 3, device="meta")}),
