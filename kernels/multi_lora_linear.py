@@ -14,7 +14,8 @@ y            x's dtype (..., N)                      the base's result rounded o
 
 Rows are sorted by adapter and the low-rank term is computed segment by segment, on the device, in a fixed order: for a given x[m]
 and adapter it is the same to the bit whatever the rest of the batch holds (on NVIDIA and in the native CPU engine; tested). The
-base's product is F.linear's or quantized_linear's, whose sums may depend on how many rows there are.
+base's product is F.linear's or quantized_linear's, whose sums may depend on how many rows there are (not those of up to 32 rows of
+bfloat16 and a dense W on a CPU with AMX: kernels/cpu/multi_lora_dense.c).
 Forward only: serving needs no gradient, and asking for one is an error that says so (`lora_linear` trains).
 An id that names no adapter is a ValueError on a CPU. On a GPU that would take a sync, so there the row becomes NaN (never the
 base's values, and nothing is read out of bounds); `check_adapter_ids` raises the same error there, with a sync, when asked.
@@ -84,7 +85,7 @@ def _multi_lora_linear_cpu(
 ):  # fmt: skip
     rows = _rows(x).contiguous()
     if form == (0, "none"):
-        y = F.linear(rows, weight, bias)
+        y = cpu.engine.dense_linear(rows, weight, bias)
     else:
         y = cpu.linear_4bit(rows, weight, absmax, nested, offset, nested_block_size, bias, N, K, *form)
     if ids.numel() != rows.shape[0]:

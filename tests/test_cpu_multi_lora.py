@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from multi_lora_cases import MIXES, Case
+from tolerance import assert_as_accurate
 
 from posttrain.kernels.cpu import pytorch_multi_lora
 
@@ -95,3 +96,33 @@ def test_infinities_and_nan_stay_in_their_rows(isa):
     result = _add(native, case, y)
     assert result[[0, 2, 3, 5]].isfinite().all()
     assert result[1].isnan().all() and not result[4].isfinite().any()
+
+
+@pytest.mark.parametrize(
+    ("M", "N", "K"), [(1, 16, 32), (7, 48, 96), (16, 80, 64), (17, 176, 1056), (32, 32, 32), (33, 32, 32), (5, 24, 40)]
+)
+@pytest.mark.parametrize("bias", (True, False))
+def test_the_dense_base(isa, M, N, K, bias):
+    x, w, b = torch.randn(M, K).bfloat16(), torch.randn(N, K).bfloat16(), torch.randn(N).bfloat16() if bias else None
+    y = native.dense_linear(x, w, b)
+    exact = torch.nn.functional.linear(x.double(), w.double(), b.double() if bias else None)
+    assert y.dtype == x.dtype
+    assert_as_accurate(y, torch.nn.functional.linear(x, w, b), exact)
+
+
+@pytest.mark.skipif("amx" not in LEVELS, reason="this machine has no AMX")
+def test_the_dense_base_does_not_depend_on_the_batch():
+    """With AMX: whatever the number of rows, up to 32, and of threads, and NaN stays in its row and its column."""
+    x, w = torch.randn(32, 640).bfloat16(), torch.randn(1040, 640).bfloat16()
+    before, isa = torch.get_num_threads(), native.set_isa("amx")
+    assert isa == "amx"
+    torch.set_num_threads(3)
+    whole = native.dense_linear(x, w, None)
+    torch.set_num_threads(1)
+    assert all(torch.equal(native.dense_linear(x[:M], w, None), whole[:M]) for M in (1, 2, 15, 16, 17, 31))
+    torch.set_num_threads(before)
+    x[3, 5], w[17, 600] = torch.nan, torch.nan
+    poisoned = native.dense_linear(x, w, None)
+    expected = torch.zeros(32, 1040, dtype=torch.bool)
+    expected[3], expected[:, 17] = True, True
+    assert torch.equal(poisoned.isnan(), expected) and torch.equal(poisoned[~expected], whole[~expected])

@@ -30,6 +30,7 @@ _SIGNATURES = {
     "double_dequantize": [_P, _P, _P, _L, _L, _P, _L],
     "linear_4bit": [_P, _I, _L, *_WEIGHT, _P, _L, _L, _P, _L],
     "linear_4bit_dx": [_P, _I, _L, *_WEIGHT, _L, _L, _P, _L],
+    "dense_linear": [_P, _L, _P, _P, _L, _L, _P, _L],
     "multi_lora_add": [_P, _I, _L, _P, _P, _P, _P, _P, _L, _L, _L, _L, _P, _L],
 }
 # Below so many weights a second thread costs more than it saves.
@@ -37,6 +38,7 @@ _SERIAL_WEIGHTS = 1 << 16
 # Up to so many rows the product is computed from the packed weight, tile by tile in the cache; beyond, the weight is dequantized
 # into memory that is used again, and torch's GEMM does the rest. AMX keeps up with torch's GEMM for longer.
 _FUSED_ROWS, _FUSED_ROWS_AMX = 64, 256
+_DENSE_ROWS = 32  # two tiles of x beside two of W
 # The memory for a dequantized weight is kept for the next one up to this size: fresh memory would cost more in page faults
 # than the dequantization itself.
 _KEPT_BYTES = 64 << 20
@@ -234,6 +236,18 @@ def linear_4bit_dx(dy, packed, absmax, nested_absmax, nested_offset, nested_bloc
         )
     )  # fmt: skip
     return dx
+
+
+def dense_linear(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear of x (M, K) and a dense w (N, K). Up to 32 rows of bfloat16 go through AMX where there is one: about as fast as W
+    can be read, and each row gets the same bits however many there are."""
+    (M, K), N = x.shape, w.shape[0]
+    if ISA != "amx" or x.dtype != torch.bfloat16 or not 1 <= M <= _DENSE_ROWS or N % 16 or K % 32 or not (N and K):
+        return F.linear(x, w, bias)
+    x, w = x.contiguous(), w.contiguous()
+    y = torch.empty(M, N, dtype=x.dtype)
+    _check(_library.dense_linear(x.data_ptr(), M, w.data_ptr(), _address(bias), N, K, y.data_ptr(), _threads(N * K)))
+    return y
 
 
 def multi_lora_add(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, ranks, adapter_ids: Tensor) -> None:

@@ -129,3 +129,8 @@ def linear_4bit_dx(
     for start, stop in _tiles(N, K):
         dx += dy[:, start:stop] @ _tile(weight, start, stop, K, dy.dtype)
     return dx.to(dy.dtype)
+
+
+def dense_linear(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    """x (M, K) times a dense w (N, K) transposed, plus bias (N,) or None."""
+    return F.linear(x, w, bias)
