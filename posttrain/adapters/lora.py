@@ -249,7 +249,7 @@ def saved(model: nn.Module, name: str) -> dict[str, Tensor]:
     for key, table, layer in _tensors(model, name):
         if table in LoraLinear.FROZEN:
             found[key] = layer.tensors(name)[table]
-        elif table in ("lora_A", "lora_B") and name in layer.lora_A0:
+        elif table in ("lora_A", "lora_B") and layer.has("lora_A0", name):
             found[key] = layer.factors(name)[table == "lora_B"].detach()
     return found
 

@@ -12,6 +12,7 @@ and saves a second copy of the weight, its rounding, and, in 4 bits, quantizing 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ def _groupable(layer: nn.Module, dtype: torch.dtype) -> tuple | None:
     if not isinstance(layer, LoraLinear) or layer.merged is not None or layer._forward_hooks or layer._forward_pre_hooks:
         return None
     name = layer.active_adapter
-    if name is None or name not in layer.lora_A or name in layer.lora_magnitude_vector or name in layer.lora_bias:
+    if name is None or not layer.is_low_rank(name):
         return None
     if layer.training and layer.dropout[name]:
         return None  # each layer drops on its own
@@ -59,18 +60,12 @@ class LoraLinear(nn.Module):
     TABLES = ("lora_A", "lora_B", "lora_magnitude_vector", "lora_bias", "base_bias", *FROZEN)
     lora_A: nn.ParameterDict
     lora_B: nn.ParameterDict
-    lora_A0: nn.ParameterDict
-    lora_B0: nn.ParameterDict
-    lora_magnitude_vector: nn.ParameterDict
-    lora_bias: nn.ParameterDict
-    base_bias: nn.ParameterDict
 
     def __init__(self, base_layer: nn.Linear | QuantizedLinear):
         super().__init__()
         self.base_layer = base_layer
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
-        for table in self.TABLES:
-            setattr(self, table, nn.ParameterDict())
+        self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()  # the other tables when they are needed
         self.scaling: dict[str, float] = {}
         self.dropout: dict[str, float] = {}
         self.active_adapter: str | None = None
@@ -82,41 +77,53 @@ class LoraLinear(nn.Module):
     def add(self, name: str, tensors: Mapping[str, Tensor], scaling: float = 1.0, dropout: float = 0.0) -> None:
         """Add an adapter: `tensors` by the names of TABLES."""
         for table, tensor in tensors.items():
-            getattr(self, table)[name] = nn.Parameter(tensor, requires_grad=table not in self.FROZEN)
+            if table not in self._modules:
+                setattr(self, table, nn.ParameterDict())
+            self._table(table)[name] = nn.Parameter(tensor, requires_grad=table not in self.FROZEN)
         self.scaling[name], self.dropout[name] = scaling, dropout
         if tensors.keys() == {"lora_A", "lora_B"}:
             self._plain.add(name)
 
     def drop(self, name: str) -> None:
         """Take an adapter away."""
-        for table in map(self._table, self.TABLES):
-            if name in table:
-                del table[name]
+        for table in self.tensors(name):
+            del self._table(table)[name]
+            if table not in ("lora_A", "lora_B") and not self._table(table):
+                delattr(self, table)
         del self.scaling[name], self.dropout[name]
         self._plain.discard(name)
         if self.active_adapter == name:
             self.active_adapter = None
 
-    def _table(self, table: str) -> nn.ParameterDict:
-        return getattr(self, table)
+    def _table(self, table: str) -> Any:
+        found = self._modules.get(table)
+        return {} if found is None else found
+
+    def has(self, table: str, name: str) -> bool:
+        """Whether an adapter has a tensor in that one of TABLES."""
+        return name in self._table(table)
+
+    def is_low_rank(self, name: str) -> bool:
+        """Whether all that the adapter adds is a low-rank product and, for its base's, another bias."""
+        return name in self.lora_A and not self.has("lora_magnitude_vector", name) and not self.has("lora_bias", name)
 
     def tensors(self, name: str) -> dict[str, nn.Parameter]:
         """An adapter's tensors by the names of TABLES; empty where it has none here."""
-        return {t: self._table(t)[name] for t in self.TABLES if name in self._table(t)}
+        return {t: self._table(t)[name] for t in self.TABLES if self.has(t, name)}
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """(A, B) whose product, scaled, the adapter adds to the base's weight."""
         A, B = self.lora_A[name], self.lora_B[name]
-        if name not in self.lora_A0:
+        if not self.has("lora_A0", name):
             return A, B
-        return torch.cat((A, self.lora_A0[name])), torch.cat((B, self.lora_B0[name]), 1)
+        return torch.cat((A, self._table("lora_A0")[name])), torch.cat((B, self._table("lora_B0")[name]), 1)
 
     def bias(self, name: str) -> Tensor | None:
         """The layer's bias with the adapter."""
-        bias = self.base_bias[name] if name in self.base_bias else self.base_layer.bias
-        if name not in self.lora_bias:
+        bias = self._table("base_bias").get(name, self.base_layer.bias)
+        if not self.has("lora_bias", name):
             return bias
-        scaled = self.lora_bias[name] * self.scaling[name]
+        scaled = self._table("lora_bias")[name] * self.scaling[name]
         return scaled if bias is None else scaled + bias
 
     def norm(self, name: str, dtype: torch.dtype) -> Tensor:
@@ -148,9 +155,9 @@ class LoraLinear(nn.Module):
         wide = torch.promote_types(weight.dtype, torch.float32)
         A, B = (factor.detach().to(wide) for factor in self.factors(name))
         merged = torch.addmm(weight.to(wide), B, A, alpha=self.scaling[name])
-        if name in self.lora_magnitude_vector:
+        if self.has("lora_magnitude_vector", name):
             norm = torch.linalg.vector_norm(merged, dim=1)
-            merged *= (self.lora_magnitude_vector[name].detach() / norm.where(norm > 0, 1)).to(wide)[:, None]
+            merged *= (self._table("lora_magnitude_vector")[name].detach() / norm.where(norm > 0, 1)).to(wide)[:, None]
         return merged.to(weight.dtype)
 
     def dense(self, weight: Tensor, bias: Tensor | None) -> nn.Linear:
@@ -183,7 +190,7 @@ class LoraLinear(nn.Module):
         if name not in self.lora_A:
             return linear(x, weight, bias)
         A, B = self.factors(name)
-        if name not in self.lora_magnitude_vector:
+        if not self.has("lora_magnitude_vector", name):
             return lora_linear(x, weight, A, B, self.scaling[name], bias, dropout=dropout)
         return dora_linear(x, weight, A, B, self.scaling[name], self.rescaling(name, x.dtype), bias, dropout=dropout)
 
