@@ -1,5 +1,6 @@
 """Operations: tensors in, tensors out. Importing this imports torch; triton only where it is installed."""
 from .double_quant import DoubleQuantized, double_dequantize, double_quantize
+from .linear_logprobs import linear_logprobs
 from .lora_linear import lora_linear, lora_linear_group
 from .multi_lora_linear import AdapterSegments, check_adapter_ids, multi_lora_linear, segment_rows
 from .nf4 import dequantize_fp4, dequantize_nf4, quantize_fp4, quantize_nf4
@@ -17,6 +18,7 @@ __all__ = [
     "double_dequantize",
     "double_quantize",
     "dpo_loss",
+    "linear_logprobs",
     "lora_linear",
     "lora_linear_group",
     "multi_lora_linear",

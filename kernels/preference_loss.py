@@ -86,7 +86,7 @@ def preference_loss_triton(
     tensors = [None if t is None else t.contiguous() for t in (
         chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths, weights
     )]  # fmt: skip
-    outputs = tuple(torch.empty_like(tensors[0]) for _ in range(5))
+    outputs = tuple(torch.empty(chosen.shape, dtype=chosen.dtype, device=chosen.device) for _ in range(5))
     B = chosen.numel()
     if B:
         with on_device_of(chosen):
@@ -215,8 +215,8 @@ def preference_loss(
         raise ValueError(f"loss_type={loss_type!r} is per token: give chosen_lengths and rejected_lengths")
     if not definition.reference and ref_chosen_logps is not None:
         raise ValueError(f"loss_type={loss_type!r} has no reference model; leave ref_chosen_logps and ref_rejected_logps out")
-    if loss_type == "sft":  # the mean over pairs becomes the mean over tokens
-        share = chosen_lengths / chosen_lengths.mean(dtype=policy_chosen_logps.dtype)  # type: ignore[operator, union-attr]
+    if loss_type == "sft" and chosen_lengths is not None:  # the mean over pairs becomes the mean over tokens
+        share = chosen_lengths / chosen_lengths.mean(dtype=policy_chosen_logps.dtype)
         weights = share if weights is None else weights * share
     chosen, rejected, ref_chosen, ref_rejected = definition.arrange(
         policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps

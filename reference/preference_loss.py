@@ -199,7 +199,7 @@ def preference_loss(
     chosen_lengths, rejected_lengths = chosen_lengths or [1.0] * B, rejected_lengths or [1.0] * B
     weights = weights or [1.0] * B
     rewards = [beta * x for x in c], [beta * x for x in j]
-    first, second = range(B), range(B)  # which pair gives c, and which j, of the k-th loss
+    first, second = list(range(B)), list(range(B))  # which pair gives c, and which j, of the k-th loss
     if name == "aot":
         margin = [a - b for a, b in zip(policy_chosen, policy_rejected, strict=True)]
         ref_margin = [a - b for a, b in zip(ref_chosen, ref_rejected, strict=True)]

@@ -9,9 +9,11 @@ if find_spec("._native", __package__) is not None:
     from . import native as engine
     from . import native_lora as lora_engine
     from .native import multi_lora_add
+    from .native_logits import logit_rows
 else:
     from . import pytorch as engine  # type: ignore[no-redef]
     from . import pytorch_lora as lora_engine  # type: ignore[no-redef]
+    from .pytorch_logits import logit_rows
     from .pytorch_multi_lora import multi_lora_add
 
 quantize_4bit = engine.quantize_4bit
@@ -32,6 +34,7 @@ __all__ = [
     "double_quantize",
     "linear_4bit",
     "linear_4bit_dx",
+    "logit_rows",
     "lora_linear",
     "lora_linear_backward",
     "lora_linear_group",

@@ -166,3 +166,34 @@ int64_t multi_lora_add(const void *x, int dtype, int64_t M, const void *A, const
     multi_lora_args a = {x, A, B, y, scaling, ranks, ids, dtype, M, N, K, n, r, threads, engine};
     return multi_lora(&a, special_units >= DOT_BF16);
 }
+
+typedef struct {
+    char *logits;
+    const int64_t *labels;
+    int dtype, gradient;
+    int64_t N, V, stride, ignore_index;
+    float *logprobs, *entropy;
+} logit_job;
+
+static void logit_task(void *context, int64_t thread, int64_t threads) {
+    const logit_job *j = context;
+    const int64_t size = j->dtype == FLOAT32 ? 4 : 2;
+    for (int64_t row = part_start(j->N, 1, thread, threads); row < part_start(j->N, 1, thread + 1, threads); row++) {
+        char *z = j->logits + row * j->stride * size;
+        if (j->labels[row] != j->ignore_index) {
+            engine->logit_row(z, j->dtype, j->V, j->labels[row], j->gradient, j->logprobs + row,
+                              j->entropy ? j->entropy + row : NULL);
+            continue;
+        }
+        j->logprobs[row] = 0; /* the entropies are zeros already */
+        if (j->gradient) memset(z, 0, j->V * size);
+    }
+}
+
+/* Labels lie in [0, V) or equal ignore_index; rows are `stride` elements apart; `entropy` holds zeros, or is NULL. */
+int logit_rows(void *logits, int dtype, int64_t N, int64_t V, int64_t stride, const int64_t *labels, int64_t ignore_index, int gradient,
+               float *logprobs, float *entropy, int64_t threads) {
+    logit_job j = {logits, labels, dtype, gradient, N, V, stride, ignore_index, logprobs, entropy};
+    run_parallel(logit_task, &j, threads);
+    return 0;
+}

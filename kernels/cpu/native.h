@@ -57,6 +57,8 @@ typedef struct {
     /* acc[m * ldacc + k] += sum_r dy[m * lddy + r] * w[r * stride + k] for `rows` rows of w. */
     void (*axpys)(const float *w, int64_t stride, int64_t rows, const float *dy, int64_t lddy, int64_t M, int64_t K,
                   float *acc, int64_t ldacc);
+    /* One row of V logits: log p of the label and (unless NULL) the entropy; with `gradient` the row becomes onehot - softmax. */
+    void (*logit_row)(void *z, int dtype, int64_t V, int64_t label, int gradient, float *logprob, float *entropy);
 } isa;
 
 extern const isa isa_portable, isa_avx2, isa_avx512, isa_neon;

@@ -212,11 +212,13 @@ static void axpys(const float *w, int64_t stride, int64_t rows, const float *dy,
         }
 }
 
+#include "logit_rows.h"
+
 #define JOIN_(a, b) a##b
 #define JOIN(a, b) JOIN_(a, b)
 #define STRING_(a) #a
 #define STRING(a) STRING_(a)
 
 const isa JOIN(isa_, ISA) = {
-    STRING(ISA), quantize, decode_absmax, dequantize, dequantize_wide, double_quantize, widen, narrow, dots, axpys,
+    STRING(ISA), quantize, decode_absmax, dequantize, dequantize_wide, double_quantize, widen, narrow, dots, axpys, logit_row,
 };
