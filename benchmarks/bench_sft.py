@@ -3,10 +3,14 @@ and bitsandbytes + PEFT on the same weights, tokens and labels.
 
     python benchmarks/bench_sft.py [--rounds 5] [--labels all|completion] [--json FILE]
 
-First the systems must agree: the adapter's gradient of each 16-bit or 4-bit pair on one row, against float32 on the
-same (de)quantized weights. Then they take steps in turn in one process, so that a busy machine slows all alike:
-medians, and medians of the ratios within a round. Memory is each system's alone, in a process of its own: the highest
-resident size from the first step's start to the last step's end (the mark is reset before), and of the whole process.
+First the systems must agree: the adapter's gradient of each 16-bit or 4-bit pair, row by row, against float32 on the same
+(de)quantized weights. The median over rows counts: a row of random tokens can sit where the model's answer turns over with the
+last bit, and any bfloat16 system may then be off by a multiple of the gradient. The first row is such a one (measured: errors
+from 0.09 to 10 with the same weights and every layer right to rounding; 0.04 to 0.1 on the other rows).
+
+Then they take steps in turn in one process, so that a busy machine slows all alike: medians, and medians of the ratios
+within a round. Memory is each system's alone, in a process of its own: the highest resident size from the first step's start
+to the last step's end (the mark is reset before), and of the whole process.
 
 Without the real model in the cache (`posttrain fetch smollm2-135m`) the weights are random ones of its shape.
 """
@@ -76,8 +80,8 @@ def ours(kind: str, model_path: Path, adapter: Path, input_ids: Tensor, labels: 
     return adapter_parameters(model), functools.partial(mean_loss, model, input_ids, labels)
 
 
-def mean_loss(model: CausalLM, input_ids: Tensor, labels: Tensor, rows: int = B) -> Tensor:
-    pairs = zip(input_ids[:rows].tolist(), labels[:rows].tolist(), strict=True)
+def mean_loss(model: CausalLM, input_ids: Tensor, labels: Tensor, rows: slice = slice(B)) -> Tensor:
+    pairs = zip(input_ids[rows].tolist(), labels[rows].tolist(), strict=True)
     batch = collate([[Example(ids, learned)] for ids, learned in pairs])
     return loss_sum(model, batch) / batch.num_labels
 
@@ -102,8 +106,8 @@ def theirs(kind: str, model_path: Path, adapter: Path, input_ids: Tensor, labels
     model.train()
     parameters = {n.replace(".default.", "."): p for n, p in model.named_parameters() if p.requires_grad}
 
-    def loss(rows: int = B) -> Tensor:
-        return model(input_ids=input_ids[:rows], labels=labels[:rows], use_cache=False).loss
+    def loss(rows: slice = slice(B)) -> Tensor:
+        return model(input_ids=input_ids[rows], labels=labels[rows], use_cache=False).loss
 
     return parameters, loss
 
@@ -130,17 +134,18 @@ def stepper(parameters: Parameters, loss: Callable[[], Tensor]) -> Callable[[], 
     return step
 
 
-def gradient(parameters: Parameters, loss: Callable[..., Tensor]) -> tuple[float, Tensor]:
-    """(loss, the adapter's gradient) on the first row."""
-    value = loss(1)
-    value.backward()
-    flat = torch.cat([parameters[key].grad.double().flatten() for key in sorted(parameters)])
-    for parameter in parameters.values():
-        parameter.grad = None
-    return value.item(), flat
+def gradients(parameters: Parameters, loss: Callable[..., Tensor]) -> list[Tensor]:
+    """The adapter's gradient on each row."""
+    found = []
+    for row in range(B):
+        loss(slice(row, row + 1)).backward()
+        found.append(torch.cat([parameters[key].grad.double().flatten() for key in sorted(parameters)]))
+        for parameter in parameters.values():
+            parameter.grad = None
+    return found
 
 
-def exact_gradient(kind: str, arguments: argparse.Namespace) -> tuple[float, Tensor]:
+def exact_gradients(kind: str, arguments: argparse.Namespace) -> list[Tensor]:
     """In fp32, on the weights that the systems of that kind hold."""
     model = load(arguments.model, dtype="bf16", quantize="nf4" if kind == "nf4" else None)
     for name, layer in list(model.named_modules()):
@@ -150,16 +155,20 @@ def exact_gradient(kind: str, arguments: argparse.Namespace) -> tuple[float, Ten
             model.set_submodule(name, dense)
     model.float()
     load_adapter(model, arguments.adapter, any_base=True)
-    return gradient(adapter_parameters(model), functools.partial(mean_loss, model, *tokens(arguments.labels)))
+    return gradients(adapter_parameters(model), functools.partial(mean_loss, model, *tokens(arguments.labels)))
 
 
 def agree(name: str, peer: str, made: dict, arguments: argparse.Namespace) -> str:
-    """Ours is at most twice as far from fp32 as the peer, in the gradient's root mean square."""
-    _, exact = exact_gradient(SYSTEMS[name][0], arguments)
-    errors = [((gradient(*made[n])[1] - exact).norm() / exact.norm()).item() for n in (name, peer)]
-    if not errors[0] <= 2 * errors[1]:
-        raise SystemExit(f"{name}: the gradient's relative error is {errors[0]:.2e}, the peer's {errors[1]:.2e}")
-    return f"gradient against fp32: ours {errors[0]:.1e}, {peer} {errors[1]:.1e}"
+    """Ours is at most twice as far from fp32 as the peer: the median over rows of the gradient's relative error."""
+    exact = exact_gradients(SYSTEMS[name][0], arguments)
+    errors = {
+        n: [((g - e).norm() / e.norm()).item() for g, e in zip(gradients(*made[n]), exact, strict=True)] for n in (name, peer)
+    }
+    ours, theirs = (statistics.median(errors[n]) for n in (name, peer))
+    if not ours <= 2 * theirs:
+        raise SystemExit(f"{name}: the gradient's relative error is {ours:.2e}, the peer's {theirs:.2e}")
+    rows = "; ".join(f"{n} " + " ".join(f"{e:.2g}" for e in errors[n]) for n in (name, peer))
+    return f"gradient against fp32: ours {ours:.1e}, {peer} {theirs:.1e} (by row: {rows})"
 
 
 def measure_memory(name: str, arguments: argparse.Namespace) -> None:
