@@ -54,14 +54,15 @@ def _lora_linear_down_kernel(
 def down_tile(M: int, R: int, itemsize: int, dropout: bool) -> dict[str, int]:
     """Rows of x, columns and rows of a that a program takes at once. Random words and fp32 sums want registers: less at once."""
     narrow = dropout or itemsize == 4
-    rows = 16 if M <= 16 else 32 if narrow or R > 64 or M <= 2048 else 64
-    columns = (256 if R <= 32 and not narrow else 128) // itemsize
+    rows = 16 if M <= 16 else 32 if narrow or R > 64 or (M <= 2048 and R <= 32) else 64
+    columns = (256 if R <= 32 and not narrow else 64 if R > 32 and dropout and itemsize == 2 else 128) // itemsize
     return {"BLOCK_M": rows, "BLOCK_K": columns, "BLOCK_R": rank_tile(R, 64 if narrow else 128)}
 
 
-def down_stages(tile: dict[str, int]) -> int:
-    """Tiles on their way: two keep enough bytes of a wide one, three spill (sm_80, sm_100)."""
-    return 2 if tile["BLOCK_R"] >= 64 else 3
+def down_options(tile: dict[str, int]) -> dict[str, int]:
+    """Warps: no more than the result has tensor-core tiles of 16 x 8. Stages: two keep enough bytes of a wide tile on their way,
+    and three spill (sm_80, sm_100)."""
+    return {"num_warps": min(4, tile["BLOCK_M"] * tile["BLOCK_R"] // 128), "num_stages": 2 if tile["BLOCK_R"] >= 64 else 3}
 
 
 def rank_tile(R: int, most: int) -> int:
@@ -80,7 +81,7 @@ def lora_linear_down_triton(
     with on_device_of(x):
         _lora_linear_down_kernel[(triton.cdiv(M, tile["BLOCK_M"]), triton.cdiv(R, tile["BLOCK_R"]), parts)](
             x, a, s, M, K, R, x.stride(0), a.stride(0), a.stride(1), triton.cdiv(tiles, parts), scaling,
-            **arguments(dropout, seed, K), EVEN_K=K % tile["BLOCK_K"] == 0, **tile, num_warps=4, num_stages=down_stages(tile),
+            **arguments(dropout, seed, K), EVEN_K=K % tile["BLOCK_K"] == 0, **tile, **down_options(tile),
         )  # fmt: skip
     return s
 
@@ -101,5 +102,5 @@ def aot_variants() -> Iterator[Variant]:
         constexprs = {"DROPOUT": dropout, "EVEN_K": even, **tile, "stride_ak" if even else "stride_aj": 1}
         yield Variant(
             f"lora_linear_down_{dtype}_{tile['BLOCK_M']}_{R}" + f"_drop{dropout}" * (dropout > 0) + "_odd" * (not even),
-            _lora_linear_down_kernel, signature | dict.fromkeys(constexprs, "constexpr"), constexprs, num_stages=down_stages(tile),
+            _lora_linear_down_kernel, signature | dict.fromkeys(constexprs, "constexpr"), constexprs, **down_options(tile),
         )  # fmt: skip

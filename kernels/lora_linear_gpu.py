@@ -14,15 +14,19 @@ Oracle: reference/lora_linear.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import _low_rank, quantized_linear_decode, quantized_linear_gemm
 from ._low_rank import LowRank
 from ._split_k import add_parts_triton
 from ._triton import current_arch
+from ._variant import Variant
 from .lora_linear_down import lora_linear_down_triton
 from .lora_linear_grad import lora_linear_grad_triton, one_pass
 from .lora_linear_plan import down_parts, grad_parts
@@ -135,3 +139,20 @@ def backward(
         rows = dA.split([a.shape[0] for a in As])
         dAs = [dA] if len(As) == 1 else [part.to(a.dtype, copy=True) for part, a in zip(rows, As, strict=True)]
     return dx, dAs, dBs
+
+
+def aot_variants() -> Iterator[Variant]:
+    """The 4-bit kernels as they are launched with a term: of a rank in one dot and in several, s whole and in parts, B in fp32 and
+    in x's dtype; not all combined."""
+    without = set(_low_rank.NONE)
+    for variant in itertools.chain(quantized_linear_decode.aot_variants(), quantized_linear_gemm.aot_variants()):
+        x = variant.signature["x_ptr"]
+        for rank, parts, B in ((8, 8, "*fp32"), (16, 8, "*fp32"), (16, 1, x), (64, 1, "*fp32"), (64, 2, x)):
+            signature = {name: kind for name, kind in variant.signature.items() if name not in without}
+            signature |= {"s_ptr": "*fp32" if parts > 1 else x, "lora_B_ptr": B, "scaling": "fp32"}
+            signature |= dict.fromkeys(("stride_sp", "stride_sm"), "i32:16" if rank % 16 == 0 else "i32")
+            constexprs = {name: value for name, value in variant.constexprs.items() if name not in without}
+            constexprs |= {"RANK": rank, "S_PARTS": parts}
+            name = variant.name.replace("quantized_linear", "lora_linear") + f"_r{rank}_{parts}"
+            signature |= dict.fromkeys(("RANK", "S_PARTS"), "constexpr")
+            yield replace(variant, name=name, signature=signature, constexprs=constexprs)

@@ -168,9 +168,8 @@ def cuda_engine(monkeypatch):
     [
         ("decode", (1,), 80, 1024 + 96, 16, "nf4", 0.0),
         ("gemm", (2, 13), 64, 256, 8, "nf4", 0.1),
-        ("dequantize", (700,), 16, 64, 16, "nf4", 0.1),
-        ("dequantize", (2,), 40, 65, 33, "fp4", 0.0),
-        (None, (70,), 48, 96, 16, "none", 0.5),
+        ("dequantize", (70,), 48, 65, 16, "nf4", 0.1),  # K in no whole chunks
+        (None, (70,), 48, 96, 33, "none", 0.5),
     ],
 )
 def test_emulated_dispatch(cuda_engine, way, lead, N, K, r, quant_type, dropout):
@@ -186,10 +185,9 @@ def test_emulated_dispatch(cuda_engine, way, lead, N, K, r, quant_type, dropout)
 
 
 @pytest.mark.emulated
-@pytest.mark.parametrize("M", (3, 700))
-def test_emulated_group(cuda_engine, M):
+def test_emulated_group(cuda_engine):
     """One product for three layers, of which the first is read with an offset into it; y and gradients are each layer's own."""
-    cs = [case((M,), N, 64, r, torch.bfloat16, "nf4", dropout=0.1) for N, r in ((32, 8), (16, 4), (16, 16))]
+    cs = [case((20,), N, 64, r, torch.bfloat16, "nf4", dropout=0.1) for N, r in ((32, 8), (16, 4), (16, 16))]
     for c in cs:
         c.x = cs[0].x
     bases = [[tensors[i] for tensors in (c.base() for c in cs)] for i in range(4)]
