@@ -176,9 +176,9 @@ def place(
     weight = model.model.embed_tokens.weight
     virtual = VirtualTokens(source, config.num_virtual_tokens, kv_heads)
     virtual.to(weight.device, dtype or torch.promote_types(weight.dtype, torch.float32)).train(model.training)
-    if "prompt_encoder" not in model._modules:
-        model.prompt_encoder = nn.ModuleDict()
-    model.prompt_encoder[name] = virtual
+    adapters = model._modules.get("prompt_encoder", nn.ModuleDict())
+    adapters[name] = virtual
+    model.prompt_encoder = adapters
 
 
 def source_of(tensors: dict[str, Tensor], encoder: nn.Module | None) -> Tensor | nn.Module:
