@@ -117,3 +117,38 @@ def test_dropout_acts_on_the_update_alone_and_in_training_alone(layer):
     with torch.no_grad():
         layer.lora_B["a"].fill_(1)
     assert torch.equal(layer(x), layer(x))
+
+
+def _layers_of_one_input(quantized: bool) -> list[LoraLinear]:
+    layers = []
+    for N in (24, 8, 16):
+        base = torch.nn.Linear(64, N, bias=False)
+        layer = LoraLinear(QuantizedLinear.from_linear(base) if quantized else base)
+        layer.add("a", {"lora_A": torch.randn(4, 64), "lora_B": torch.randn(N, 4)}, 0.5)
+        layer.active_adapter = "a"
+        layers.append(layer)
+    return layers
+
+
+@pytest.mark.parametrize("quantized", (False, True))
+def test_layers_of_one_input_are_one_product(quantized):
+    layers, x = _layers_of_one_input(quantized), torch.randn(5, 64)
+    ys = LoraLinear.forward_group(layers, x)
+    assert all(torch.equal(y, layer(x)) for y, layer in zip(ys, layers, strict=True))
+
+
+def test_layers_that_are_more_than_an_update_stay_apart():
+    x = torch.randn(5, 64)
+    changes = [
+        lambda layer: setattr(layer, "active_adapter", None),
+        lambda layer: layer.register_forward_hook(lambda *_: None),
+        lambda layer: layer.dropout.update(a=0.5),
+        lambda layer: setattr(layer, "merged", layer.merge_dense("a")),
+    ]
+    for change in changes:
+        layers = _layers_of_one_input(False)
+        assert LoraLinear.forward_group(layers, x) is not None
+        change(layers[1])
+        assert LoraLinear.forward_group(layers, x) is None
+    assert LoraLinear.forward_group([*_layers_of_one_input(False), torch.nn.Linear(64, 8)], x) is None
+    assert LoraLinear.forward_group(_layers_of_one_input(False)[:1] + _layers_of_one_input(True)[1:], x) is None
