@@ -14,7 +14,7 @@ from virtual_peers import IDS, T, assert_learns, check_peft_loads_ours, check_we
 
 from posttrain import adapters, offline
 from posttrain.adapters import PrefixTuningConfig, attach, prefix
-from posttrain.adapters.virtual_tokens import pack
+from posttrain.adapters.virtual_tokens import pack, unpack
 from posttrain.model import load
 from posttrain.model.tokenizer import Tokenizer
 
@@ -24,6 +24,16 @@ FROM_TEXT = {"init_text": TEXT, "tokenizer_name_or_path": TOKENIZER}
 def started(model, **fields):
     attach(model, PrefixTuningConfig(**fields))
     return adapters.saved_tensors(model)["prompt_embeddings"]
+
+
+def test_layout_of_a_prefix():
+    """Vector 2 l of a virtual token is its key in layer l, 2 l + 1 its value, head after head."""
+    stored = torch.arange(2 * 3 * 2 * 2 * 4.0).view(2, -1)  # 2 virtual tokens, 3 layers, 2 heads of 4
+    prefix = unpack(stored, 2, 4)
+    key, value = prefix.layers[1]
+    assert key.shape == (1, 2, 2, 4)
+    assert key[0, 1, 0].tolist() == [20, 21, 22, 23] and value[0, 0, 1].tolist() == [72, 73, 74, 75]
+    assert torch.equal(pack(prefix), stored)
 
 
 @pytest.mark.parametrize("projection", [False, True])

@@ -18,7 +18,7 @@ from tolerance import assert_as_accurate
 
 from posttrain import adapters
 from posttrain.adapters import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, attach
-from posttrain.adapters.virtual_tokens import pack, unpack
+from posttrain.adapters.virtual_tokens import pack
 from posttrain.checkpoint import trainable
 from posttrain.errors import PosttrainError
 from posttrain.evaluate import ChoiceItem, choice_logprobs, perplexity
@@ -392,13 +392,3 @@ def test_examples_must_fit_beside_the_virtual_tokens(tmp_path):
     attach(model, config)
     with pytest.raises(PosttrainError, match=f"the model's context {longest - 1}"):
         sft(model, examples(), settings(tmp_path), quiet=True)
-
-
-def test_layout_of_a_prefix():
-    """Vector 2 l of a virtual token is its key in layer l, 2 l + 1 its value, head after head."""
-    stored = torch.arange(2 * 3 * 2 * 2 * 4.0).view(2, -1)  # 2 virtual tokens, 3 layers, 2 heads of 4
-    prefix = unpack(stored, 2, 4)
-    key, value = prefix.layers[1]
-    assert key.shape == (1, 2, 2, 4)
-    assert key[0, 1, 0].tolist() == [20, 21, 22, 23] and value[0, 0, 1].tolist() == [72, 73, 74, 75]
-    assert torch.equal(pack(prefix), stored)
