@@ -143,11 +143,15 @@ def backward(
 
 def aot_variants() -> Iterator[Variant]:
     """The 4-bit kernels as they are launched with a term: of a rank in one dot and in several, s whole and in parts, B in fp32 and
-    in x's dtype; not all combined."""
+    in x's dtype, on every tile. The other settings, which the term does not touch, are those of one launch."""
     without = set(_low_rank.NONE)
     for variant in itertools.chain(quantized_linear_decode.aot_variants(), quantized_linear_gemm.aot_variants()):
-        x = variant.signature["x_ptr"]
-        for rank, parts, B in ((8, 8, "*fp32"), (16, 8, "*fp32"), (16, 1, x), (64, 1, "*fp32"), (64, 2, x)):
+        x, whole = variant.signature["x_ptr"], variant.signature["y_ptr"] == variant.signature["x_ptr"]
+        if variant.constexprs["NESTED_BLOCK"] == 0 or not variant.constexprs.get("EVEN_K", True) or not whole:
+            continue
+        if variant.constexprs["HAS_BIAS"] or x == "*fp16":
+            continue
+        for rank, parts, B in ((16, 8, "*fp32"), (64, 1, x)):
             signature = {name: kind for name, kind in variant.signature.items() if name not in without}
             signature |= {"s_ptr": "*fp32" if parts > 1 else x, "lora_B_ptr": B, "scaling": "fp32"}
             signature |= dict.fromkeys(("stride_sp", "stride_sm"), "i32:16" if rank % 16 == 0 else "i32")
@@ -155,4 +159,4 @@ def aot_variants() -> Iterator[Variant]:
             constexprs |= {"RANK": rank, "S_PARTS": parts}
             name = variant.name.replace("quantized_linear", "lora_linear") + f"_r{rank}_{parts}"
             signature |= dict.fromkeys(("RANK", "S_PARTS"), "constexpr")
-            yield replace(variant, name=name, signature=signature, constexprs=constexprs)
+            yield replace(variant, name=name, signature=signature, constexprs=constexprs, unaligned=())

@@ -9,8 +9,8 @@ it back in x's dtype, once, and then runs at the vendor GEMM's speed. With bytes
     dequantize  (0.516 + 2 itemsize) / B + 2 M / (0.8 P)
 
 A low-rank term beside it (`lora_linear`) adds its factors' bytes, itemsize r (N + K), to each, and to the third itemsize
-2 M N more, since the vendor's GEMM reads y as its addend; the fused kernels hold the term in their sums. With r = 16 the crossing
-at 4096 x 4096 moves up by 8 to 13 %.
+2 M N more, since the vendor's GEMM reads y as its addend; the fused kernels hold the term in their sums. With r = 16 the crossings
+below move up to 514, 559, 178 and 888.
 
 The instruction counts are the emulator's (`make counters`). What I / 2, P / 2 and 0.8 P stand for is an assumption, not
 a measurement: kernels that decode between their products, and a vendor's GEMM. They put the crossing at M = 461 on an
