@@ -17,19 +17,23 @@ from torch.utils.checkpoint import checkpoint
 from .adapters import active_adapter, adapter_configs, attach, base_fingerprint, save_adapter
 from .data import IGNORE_INDEX, Example, max_tokens
 from .errors import PosttrainError
-from .linear_cross_entropy import CHUNK, linear_cross_entropy
+from .kernels import QuantizedWeight, linear_logprobs
 from .model.decoder import CausalLM
 from .model.loading import save
 from .packing import Batch, collate, pack
 from .quantized import QuantizedLinear
 from .trainer import TrainConfig, TrainResult, train
 
+# Logits at once through a head that is more than a weight.
+CHUNK = 256
 
-def head_weight(model: CausalLM) -> Tensor | None:
-    """The head's weight (V, D) where that is all it is; None where it has an adapter, a bias, or 4 bits."""
+
+def plain_head(model: CausalLM) -> tuple[Tensor | QuantizedWeight, Tensor | None] | None:
+    """The head's weight (V, D), dense or in 4 bits, and bias (V,), where these are all it is: no adapter."""
     if model.config.tie_word_embeddings:
-        return model.model.embed_tokens.weight
-    return model.lm_head.weight if isinstance(model.lm_head, nn.Linear) and model.lm_head.bias is None else None
+        return model.model.embed_tokens.weight, None
+    head = model.lm_head
+    return (head.weight, head.bias) if type(head) in (nn.Linear, QuantizedLinear) else None
 
 
 def loss_sum(model: CausalLM, batch: Batch) -> Tensor:
@@ -39,10 +43,10 @@ def loss_sum(model: CausalLM, batch: Batch) -> Tensor:
     labels = batch.labels[:, 1:]
     learned = labels != IGNORE_INDEX
     hidden, labels = hidden[:, :-1][learned], labels[learned]
-    weight = head_weight(model)
-    if weight is not None:
-        return linear_cross_entropy(hidden, weight, labels)
-    # The same chunks through whatever the head is; logits are computed again in the backward pass rather than kept.
+    head = plain_head(model)
+    if head is not None:
+        return -linear_logprobs(hidden, head[0], labels, head[1]).sum()
+    # Chunks through whatever the head is; logits are computed again in the backward pass rather than kept.
     parts = zip(hidden.split(CHUNK), labels.split(CHUNK), strict=True)
     return torch.stack([checkpoint(_head_loss, model, h, y, use_reentrant=False) for h, y in parts]).sum()
 

@@ -59,9 +59,9 @@ def test_loss_and_gradient_are_those_of_whole_logits(name, packed):
 def test_the_head_sees_labelled_positions_alone(monkeypatch):
     some = examples(3)
     batch, rows = collate([[e] for e in some]), []
-    real = sft_module.linear_cross_entropy
+    real = sft_module.linear_logprobs
     monkeypatch.setattr(
-        sft_module, "linear_cross_entropy", lambda hidden, *rest: rows.append(len(hidden)) or real(hidden, *rest)
+        sft_module, "linear_logprobs", lambda hidden, *rest: rows.append(len(hidden)) or real(hidden, *rest)
     )
     loss_sum(random_model(), batch)
     assert rows == [batch.num_labels] == [sum(e.num_labels for e in some)]
