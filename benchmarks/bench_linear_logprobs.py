@@ -1,0 +1,99 @@
+"""Log-probabilities of 2,048 tokens through SmolLM2's head (V = 49,152, H = 576) in bfloat16, forward and backward, head frozen.
+
+Beside the plain expression, log_softmax of whole logits, and TRL's chunked function in tiles of 32,768 words. Then the
+memory that each takes beyond its inputs, in a process of its own, at two numbers of tokens.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from posttrain import kernels
+from posttrain.kernels import cpu
+
+sys.path.append(str(Path(__file__).parent))  # PYTHONSAFEPATH leaves it out
+import _bench
+
+N, H, V = 2048, 576, 49_152
+
+
+def plain(hidden, weight, labels):
+    return torch.log_softmax((hidden @ weight.t()).float(), 1).gather(1, labels[:, None])[:, 0]
+
+
+def trl(hidden, weight, labels):
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+    return ChunkedLogProbFunction.apply(hidden, weight, None, labels, 1.0, 32_768, None, 1.0, ())[0]
+
+
+CANDIDATES = {"posttrain": kernels.linear_logprobs, "plain": plain}
+if importlib.util.find_spec("trl"):
+    CANDIDATES["TRL chunked"] = trl
+
+
+def inputs(tokens: int):
+    torch.manual_seed(0)
+    hidden = torch.randn(tokens, H).bfloat16().requires_grad_()
+    return hidden, (torch.randn(V, H) / H**0.5 * 3).bfloat16(), torch.randint(V, (tokens,))
+
+
+def step(name: str, hidden, weight, labels):
+    hidden.grad = None
+    logprobs = CANDIDATES[name](hidden, weight, labels)
+    logprobs.sum().backward()
+    return logprobs.detach(), hidden.grad
+
+
+def memory(name: str, tokens: int) -> float:
+    """MiB that a step adds to the peak of a fresh process that has already made a small one."""
+    command = [sys.executable, __file__, "--one", name, str(tokens)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(done.stdout.split()[-1])
+
+
+def one(name: str, tokens: int) -> None:
+    torch.set_num_threads(2)
+    step(name, *inputs(8))
+    given = inputs(tokens)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step(name, *given)
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+
+def main() -> None:
+    options = _bench.arguments(__doc__)
+    print(cpu.describe())
+    given = inputs(N)
+    few = inputs(64)
+    exact = plain(few[0].double(), few[1].double(), few[2]).detach()
+    errors = {name: (step(name, *few)[0].double() - exact).norm().item() for name in CANDIDATES}
+    print("error of 64 log-probabilities:", ", ".join(f"{name} {error:.2e}" for name, error in errors.items()))
+    assert errors["posttrain"] <= 2 * errors["plain"], "less accurate than plain PyTorch"
+    times = _bench.in_turn({name: lambda name=name: step(name, *given) for name in CANDIDATES}, options)
+    rows = [_bench.row(f"log-probabilities N={N} H={H} V={V}", times, 2 * (N + V) * H, _bench.bandwidth(options))]
+    start = time.perf_counter()
+    for _ in range(3):
+        given[0].detach() @ given[1].t()
+    product = (time.perf_counter() - start) / 3 * 1e3
+    print(f"{'':34} one product alone takes {product:.0f} ms; two are the limit of any way")
+    peaks = {}
+    for tokens in (N // 4, N):
+        taken = peaks[tokens] = {name: statistics.median(memory(name, tokens) for _ in range(3)) for name in CANDIDATES}
+        print(f"memory beyond the inputs, N={tokens}: " + ", ".join(f"{name} {m:.0f} MiB" for name, m in taken.items()))
+    _bench.save("linear_logprobs", rows, options, {"product_milliseconds": product, "memory_MiB": peaks, **cpu.describe()})
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--one"]:
+        one(sys.argv[2], int(sys.argv[3]))
+    else:
+        main()
