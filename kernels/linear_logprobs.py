@@ -25,6 +25,8 @@ Least bytes: 2 (N + V) H read, 4 N H of direction written and read. Oracle: refe
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -162,6 +164,25 @@ def _backward(ctx, gradient, *_):
 torch.library.register_autograd("posttrain::linear_logprobs", _backward, setup_context=_setup_context, lib=LIBRARY)
 
 
+@overload
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor | QuantizedWeight,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    return_entropy: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor | QuantizedWeight,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    *,
+    return_entropy: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 def linear_logprobs(
     hidden: Tensor,
     weight: Tensor | QuantizedWeight,
