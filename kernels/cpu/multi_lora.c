@@ -1,9 +1,9 @@
 /* A batch in which every row has an adapter of its own, or none: rows are sorted by adapter, then s = x A^T and y += scaling s B^T,
  * segment by segment.
  *
- * Bytes: A and B of each adapter in the batch once (the first-level caches hold what a unit of work reads more often), x and y of its
- * rows. Flops: 2 r (K + N) a row. A row's sums run over k, then over the rank, in an order that K and r alone fix: the other rows of
- * the batch, the number of threads and who takes which unit change no bit. s is float32 here, bfloat16 in multi_lora_bf16.c. */
+ * Bytes: A and B of each adapter in the batch once (the first caches hold what a unit of work reads more often), x and y of its rows.
+ * Flops: 2 r (K + N) a row. A row's sums run over k, then over the rank, in an order that K and r alone fix: the other rows of the
+ * batch, the number of threads and who takes which unit change no bit. s is float32 here, bfloat16 in multi_lora_bf16.c. */
 #include <string.h>
 
 #include "multi_lora.h"
@@ -23,7 +23,8 @@ static void shrink_unit(const multi_lora_job *j, const segment *g, int64_t row, 
         const int64_t count = K - k < CHUNK ? K - k : CHUNK, padded = ceil_div(count, 16) * 16;
         for (int64_t i = 0; i < ceil_div(ranks, 4) * 4; i++) {
             const int64_t filled = i < ranks ? count : 0; /* `dots` takes four rows: the missing ones are zero */
-            if (filled) a->engine->widen((const char *)a->A + ((g->adapter * a->r + rank + i) * K + k) * size, a->dtype, count, w + i * padded);
+            const char *row = (const char *)a->A + ((g->adapter * a->r + rank + i) * K + k) * size;
+            if (filled) a->engine->widen(row, a->dtype, count, w + i * padded);
             memset(w + i * padded + filled, 0, (padded - filled) * sizeof(float));
         }
         for (int64_t m = 0; m < rows; m++) {

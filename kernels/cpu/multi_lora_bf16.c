@@ -100,7 +100,8 @@ static inline void transpose_8_pairs(const uint16_t *B, int64_t r, int rows, __m
 static inline __m512 widened(__m256i h) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16)); }
 
 /* A row's columns from n on, 16 at a time: w holds `pairs` transposed pairs of each 16, `stride` apart. */
-static inline void expand_row(const int32_t *s, const __m512i *w, int64_t stride, int64_t pairs, __m512 scaling, uint16_t *y, int64_t columns) {
+static inline void expand_row(const int32_t *s, const __m512i *w, int64_t stride, int64_t pairs, __m512 scaling, uint16_t *y,
+                              int64_t columns) {
     for (int64_t n = 0; n < columns; n += 16, w += stride) {
         const __mmask16 kept = columns - n < 16 ? (1 << (columns - n)) - 1 : 0xffff;
         __m512 sum = _mm512_setzero_ps();

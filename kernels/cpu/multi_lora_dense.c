@@ -26,8 +26,10 @@ static void pack_rows(const dense_job *j) {
         for (int64_t p = 0; p < pairs; p += 16) {
             float in[16][16] __attribute__((aligned(64)));
             __m512 out[16];
-            for (int64_t r = 0; r < 16; r++)
-                _mm512_store_ps(in[r], 16 * t + r < j->M ? _mm512_loadu_ps((const float *)(j->x + (16 * t + r) * j->K) + p) : _mm512_setzero_ps());
+            for (int64_t r = 0; r < 16; r++) {
+                const float *row = (const float *)(j->x + (16 * t + r) * j->K) + p;
+                _mm512_store_ps(in[r], 16 * t + r < j->M ? _mm512_loadu_ps(row) : _mm512_setzero_ps());
+            }
             transpose16(in[0], 16, out);
             for (int i = 0; i < 16; i++) _mm512_storeu_ps((float *)(j->right + (t * pairs + p + i) * 16), out[i]);
         }
@@ -81,16 +83,21 @@ static void dense_task(void *context, int64_t thread, int64_t threads) {
             __m512 rows[16], b = _mm512_setzero_ps();
             if (q % 2 >= halves || m >= j->M) continue;
             transpose16(sums[q], 16, rows);
-            if (j->bias)
-                b = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)(j->bias + first))), 16));
-            for (int64_t i = 0; i < 16 && m + i < j->M; i++)
-                _mm256_storeu_si256((void *)(j->y + (m + i) * j->N + first), _mm512_cvtepi32_epi16(rounded_dwords(_mm512_add_ps(rows[i], b))));
+            if (j->bias) {
+                __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)(j->bias + first)));
+                b = _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+            }
+            for (int64_t i = 0; i < 16 && m + i < j->M; i++) {
+                __m256i y = _mm512_cvtepi32_epi16(rounded_dwords(_mm512_add_ps(rows[i], b)));
+                _mm256_storeu_si256((void *)(j->y + (m + i) * j->N + first), y);
+            }
         }
     }
     _tile_release();
 }
 
-/* x (M, K), w (N, K), bias (N,) or NULL, y (M, N), contiguous; M <= 32, K a multiple of 32 and N of 16. Returns 0, -1 out of memory. */
+/* x (M, K), w (N, K), bias (N,) or NULL, y (M, N), contiguous; M <= 32, K a multiple of 32 and N of 16. Returns 0, or -1 out of
+ * memory. */
 int dense_linear(const void *x, int64_t M, const void *w, const void *bias, int64_t N, int64_t K, void *y, int64_t threads) {
     dense_job j = {x, w, bias, y, M, N, K, NULL};
     j.right = scratch(0, (ceil_div(M, 16) * K / 2 * 16 + 16) * sizeof(uint32_t));
