@@ -39,8 +39,9 @@ def train_a_little(model):
             parameter.add_(torch.randn_like(parameter) * parameter.std() / 10)
 
 
-@pytest.mark.parametrize("init", [*TAKE, "orthogonal"])
-@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize(
+    ("init", "use_dora"), [(init, False) for init in (*TAKE, "orthogonal")] + [("pissa", True), ("olora", True)]
+)
 def test_starts_at_the_base_and_gives_it_back(model, init, use_dora):
     before, state, exact = logits(model), snapshot(model), logits(wide(model))
     adapters.attach(model, LoraConfig(r=4, lora_alpha=6, init_lora_weights=init, use_dora=use_dora))
@@ -91,8 +92,7 @@ def test_factors_are_pefts(init, shape):
 
 @pytest.mark.peers
 @pytest.mark.parametrize("init", TAKE)
-@pytest.mark.parametrize("use_dora", [False, True])
-@pytest.mark.parametrize("use_rslora", [False, True])
+@pytest.mark.parametrize(("use_dora", "use_rslora"), [(False, False), (True, True)])
 def test_saved_for_the_original_base(tmp_path, model, init, use_dora, use_rslora):
     """As twice the rank: loaded here and by PEFT onto the untouched base, with equal logits."""
     settings = {"use_dora": use_dora, "use_rslora": use_rslora, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"up_proj": 3}}

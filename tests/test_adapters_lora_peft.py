@@ -36,6 +36,8 @@ FORMS = {
     "norms": ("smollm2", {"modules_to_save": ["norm"], "target_modules": ["q_proj"], "use_dora": True}),
 }
 
+QUANTIZED = ("dora", "lora_bias", "bias_all", "head")
+
 
 @pytest.fixture(autouse=True)
 def _seed():
@@ -114,8 +116,7 @@ def test_we_load_pefts(tmp_path, form):
     assert_unchanged(model, snapshot(bare))
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize(("form", "quantized"), [*((form, False) for form in FORMS), *((form, True) for form in QUANTIZED)])
 def test_attached_merged_saved_and_taken_off(tmp_path, form, quantized):
     name, settings = FORMS[form]
     model = random_model(name)

@@ -29,7 +29,6 @@ from torch.autograd.function import once_differentiable
 from posttrain.kernels import DoubleQuantized, QuantizedWeight, double_dequantize, lora_linear, quantized_linear
 
 _CHUNK = 1 << 20  # weights widened at a time
-_ROWS = 64  # of activations
 
 
 def linear(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None = None) -> Tensor:
@@ -81,16 +80,6 @@ def weight_norm(
     return total.clamp_(min=0).sqrt_().to(torch.promote_types(dtype, torch.float32))
 
 
-def _column_products(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """sum_m a_mn b_mn, (N,): products and sums in `dtype`, on a CPU a few rows at a time that stay in its cache."""
-    step = _ROWS if a.device.type == "cpu" else max(1, len(a))
-    sums = torch.zeros(min(step, len(a)), a.shape[1], dtype=dtype, device=a.device)
-    for i in range(0, len(a), step):
-        rows = a[i : i + step].to(dtype)
-        sums[: len(rows)].addcmul_(rows, b[i : i + step].to(dtype))
-    return sums.sum(0)
-
-
 class _Rescale(torch.autograd.Function):
     """y = factor z, as z + (factor - 1) z with one rounding: a factor near 1 keeps its digits where z has eight bits.
 
@@ -111,7 +100,7 @@ class _Rescale(torch.autograd.Function):
         dz = torch.addcmul(dy, dy, change) if ctx.needs_input_grad[0] else None
         dfactor = None
         if ctx.needs_input_grad[1]:
-            dfactor = _column_products(dy.reshape(-1, z.shape[-1]), z.reshape(-1, z.shape[-1]), ctx.dtype)
+            dfactor = (dy * z).reshape(-1, z.shape[-1]).sum(0, dtype=ctx.dtype)
         return dz, dfactor
 
 
