@@ -7,6 +7,7 @@ written here; rows marked "measured once" are from CUDA sources compiled with nv
 
     python benchmarks/counters.py [--arch 80 | 90]
 """
+
 from __future__ import annotations
 
 import argparse
@@ -22,7 +23,9 @@ from rich.console import Console
 from rich.table import Table
 
 from posttrain.kernels import codebooks, nf4
+from posttrain.kernels._low_rank import LowRank
 from posttrain.kernels.cpu import pytorch as engine
+from posttrain.kernels.lora_linear_down import lora_linear_down_triton
 from posttrain.kernels.quantized_linear_decode import quantized_linear_decode_triton
 from posttrain.kernels.quantized_linear_gemm import quantized_linear_gemm_triton
 
@@ -167,6 +170,28 @@ def linear(table: Counters) -> None:
         table.measured_once(f"linear M={rows}")
 
 
+def lora_linear(table: Counters) -> None:
+    """The same launches with a low-rank term of rank 16 among their sums, x A^T in eight parts beside them; a weight is W's."""
+    packed, absmax = engine.quantize_4bit(torch.randn(N, K), BLOCK, "nf4")
+    weight = (packed, *engine.double_quantize(absmax, 256), 256)
+    A, B = torch.randn(16, K) / 64, torch.randn(N, 16)
+    merged = engine.dequantize_4bit(*weight, (N, K), torch.bfloat16, BLOCK, "nf4").double() + B.double() @ A.double()
+    for rows in (1, 16, 64):
+        launcher = quantized_linear_decode_triton if rows == 1 else quantized_linear_gemm_triton
+        x = torch.randn(rows, K).bfloat16()
+        exact = x.double() @ merged.T
+        plain_error = ((x @ merged.bfloat16().T).double() - exact).abs().max()
+        floor = N * K / 2 + (1 + 4 / 256) * N * K / BLOCK + 2 * rows * (K + N) + 4 * 16 * N
+        # x A^T is a launch of its own, once for a group, whose work does not grow with N: not counted here
+        s = lora_linear_down_triton(x, A, parts=8)
+        term = LowRank(s, B, 1.0)
+        table.row(
+            f"linear + rank 16, M={rows}", "posttrain nested",
+            lambda x=x, f=launcher, t=term: f(x, *weight, None, N, K, BLOCK, "nf4", low_rank=t),
+            lambda y, e=exact, p=plain_error: (y.double() - e).abs().max() <= 2 * p, N * K, floor + 4 * s.numel(),
+        )  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--arch", type=int, choices=(80, 90), default=80)
@@ -179,6 +204,7 @@ def main() -> None:
     dequantize(table, peer)
     quantize(table, peer)
     linear(table)
+    lora_linear(table)
     console = Console(width=130 if not sys.stdout.isatty() else None)
     console.print(table.shown)
     console.print("Work done in an emulator, not time. Results were checked against the CPU engine before being counted.")
