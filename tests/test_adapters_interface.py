@@ -309,8 +309,6 @@ def test_a_run_stopped_and_resumed_ends_in_the_same_bits(config, tmp_path):
     run(tmp_path / "stopped")
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    losses = [json.loads(line)["loss"] for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
-    assert losses[-1] < losses[0]
 
 
 def test_counted_from_the_configuration_alone(config):
