@@ -84,7 +84,7 @@ def add_tile(
 ):  # fmt: skip
     """acc float32 (BLOCK_N, BLOCK_M) plus the term of rows n0 .. of W and m0 .. of x, by tensor-core dots in x's dtype."""
     rank = tl.where(tl.program_id(2) == 0, RANK, 0)
-    BLOCK_R: tl.constexpr = 16 if RANK <= 16 else 32
+    BLOCK_R: tl.constexpr = 16 if RANK <= 16 or BLOCK_M == 64 else 32
     rows_m = m0 + tl.arange(0, BLOCK_M)
     rows_n = n0 + tl.arange(0, BLOCK_N)
     for j0 in tl.range(0, RANK, BLOCK_R, num_stages=1):  # unrolled, 64 rows of x would not fit their 64 registers
