@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .lora_config import LoraConfig
+
 
 class LoraEmbedding(nn.Module):
     """A frozen nn.Embedding and its adapters by name, of which at most one acts."""
@@ -60,7 +62,7 @@ class LoraEmbedding(nn.Module):
         merged = torch.addmm(weight.to(wide), A.t(), B.t(), alpha=self.scaling[name]).to(weight.dtype)
         if not torch.isfinite(merged).all():
             raise ValueError("merging gives NaN or infinite weights; the adapter or the base is broken there")
-        layer = nn.Embedding(*weight.shape, device="meta", dtype=weight.dtype)
+        layer = nn.Embedding(self.num_embeddings, self.embedding_dim, device="meta", dtype=weight.dtype)
         layer.weight = nn.Parameter(merged, requires_grad=False)
         return layer
 
@@ -77,11 +79,12 @@ class LoraEmbedding(nn.Module):
         return f"active_adapter={self.active_adapter!r}, merged={self.merged is not None}"
 
 
-def initial(config, name: str, base: nn.Embedding, dtype: torch.dtype | None) -> dict[str, Tensor]:
+def initial(config: LoraConfig, name: str, base: nn.Embedding, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """The tensors of a new adapter by LoraEmbedding.TABLES. ValueError for a rank above the smaller dimension."""
     V, D, r = base.num_embeddings, base.embedding_dim, config.rank(name)
     if r > min(V, D):
         raise ValueError(f"the rank of {name} is {r}, and its weight of {V} x {D} has rank {min(V, D)} at most; lower r")
-    like = {"dtype": dtype or torch.promote_types(base.weight.dtype, torch.float32), "device": base.weight.device}
-    A = torch.zeros(r, V, **like) if config.init_lora_weights is not False else torch.randn(r, V, **like)
-    return {"lora_embedding_A": A, "lora_embedding_B": torch.randn(D, r, **like)}
+    dtype, device = dtype or torch.promote_types(base.weight.dtype, torch.float32), base.weight.device
+    start = torch.randn if config.init_lora_weights is False else torch.zeros
+    A, B = start((r, V), dtype=dtype, device=device), torch.randn(D, r, dtype=dtype, device=device)
+    return {"lora_embedding_A": A, "lora_embedding_B": B}

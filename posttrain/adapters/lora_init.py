@@ -24,6 +24,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -154,7 +155,7 @@ def init_loftq(model: nn.Module, path: str | os.PathLike, name: str | None = Non
     from .interface import active_adapter, adapter_configs
     from .lora import lora_layers
 
-    name = active_adapter(model) if name is None else name
+    name = name or active_adapter(model) or ""
     config = adapter_configs(model).get(name)
     if not isinstance(config, LoraConfig) or config.takes_weight or config.use_dora:
         raise ValueError(f"init_loftq fits a plain LoRA adapter; {name!r} is {config}")
@@ -162,14 +163,14 @@ def init_loftq(model: nn.Module, path: str | os.PathLike, name: str | None = Non
     if dense := [n for n, layer in layers.items() if isinstance(layer.base_layer.weight, Tensor)]:
         raise ValueError(f"{dense[0]} is dense: quantizing took nothing from it")
     fitted = {}
-    with Checkpoint(path) as checkpoint:
+    with Checkpoint(Path(path)) as checkpoint:
         known = set(checkpoint.names())
         for layer_name, layer in layers.items():
             key = f"{layer_name}.weight"
             if key not in known or checkpoint.entry(key).shape != tuple(layer.base_layer.weight.shape):
                 raise PosttrainError(f"{path} holds no {key} of {tuple(layer.base_layer.weight.shape)}; is it this model, dense?")
             A = layer.lora_A[name]
-            quantized = layer.base_layer.weight.dequantize(torch.float32)
+            quantized = layer.base_layer.weight.dequantize(torch.float32)  # type: ignore[call-arg]
             error = checkpoint.read(key).to(quantized.device, torch.float32) - quantized
             fitted[layer] = _largest(error, A.shape[0], layer.scaling[name])
     with torch.no_grad():

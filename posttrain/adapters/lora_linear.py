@@ -200,6 +200,7 @@ class LoraLinear(nn.Module):
         tables, base = self._modules, self.base_layer
         A, B = tables["lora_A"]._parameters[name], tables["lora_B"]._parameters[name]  # type: ignore[union-attr]
         weight, sizes = base.weight, (self.out_features, self.in_features)
+        tensors: tuple
         if isinstance(weight, QuantizedWeight):
             tensors, format = weight.tensors(), (weight.block_size, weight.quant_type)
         else:
@@ -207,7 +208,7 @@ class LoraLinear(nn.Module):
         return _lora_linear(x, *tensors, A, B, self.scaling[name], base.bias, 0.0, 0, *sizes, *format)
 
     @staticmethod
-    def forward_group(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor] | None:
+    def forward_group(layers: Sequence[Any], x: Tensor) -> list[Tensor] | None:
         """What each of the layers makes of x, as one product; None where they are not all plain LoRA layers of a kind."""
         kinds = {_groupable(layer, x.dtype) for layer in layers}
         if len(kinds) != 1 or None in kinds:
