@@ -277,6 +277,62 @@ def test_sft_merge_quantize_evaluate_together(capsys, tmp_path) -> None:
     assert run(capsys, *other_base, "--any-base")[0] == 0
 
 
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (["--method", "ia3", "--r", 4], ["--method ia3: r is no setting of this method"]),
+        (["--method", "full", "--bottleneck-size", 4], ["bottleneck_size", "the model's own weights"]),
+        (["--method", "full", "--quantize", "nf4"], ["4-bit", "--quantize"]),
+        (["--method", "ia3", "--init-text", "a"], ["--init-text is for --method prefix and prompt"]),
+        (["--target-modules", "nothing"], ["matches no layer", "q_proj"]),
+    ],
+)
+def test_settings_that_the_method_lacks(capsys, tmp_path, options, parts) -> None:
+    data, output = tmp_path / "train.jsonl", tmp_path / "out"
+    data.write_text('{"prompt": "a", "completion": "b"}\n')
+    assert_one_error(run(capsys, "sft", "--model", "offline", "--data", data, "--output", output, *options), *parts)
+    assert not output.exists()
+
+
+def test_every_method_has_a_recipe_and_a_count(capsys) -> None:
+    from posttrain.adapters.counts import trainable_parameters
+    from posttrain.adapters.recipes import RECIPES
+    from posttrain.model.config import ModelConfig
+
+    assert cli.sft.METHODS == tuple(RECIPES)
+    code, out, _ = run(capsys, "adapters", "--model", "offline")
+    total, _, *rows = out.splitlines()
+    config = ModelConfig.from_hf(json.loads((offline.model_path() / "config.json").read_text()))
+    assert code == 0 and total == f"{trainable_parameters(config, None):,} parameters"
+    counted = {row.split()[0]: int(row.split()[1].replace(",", "")) for row in rows}
+    assert counted == {name: trainable_parameters(config, recipe.adapter()) for name, recipe in RECIPES.items()}
+    code, out, _ = run(capsys, "adapters", "--model", "offline", "--method", "adapter", "--bottleneck-size", 3)
+    smaller = trainable_parameters(config, RECIPES["adapter"].adapter(bottleneck_size=3))
+    assert code == 0 and out.splitlines()[2].split()[1] == f"{smaller:,}" and smaller < counted["adapter"]
+
+
+def test_full_training_leaves_a_model(capsys, tmp_path) -> None:
+    """Resumable like an adapter; then the folder is a base of its own, with another fingerprint."""
+    from posttrain.fingerprint import fingerprint
+    from posttrain.model.loading import load
+
+    data, output = tmp_path / "train.jsonl", tmp_path / "out"
+    data.write_text('{"prompt": "Review: a film\\nSentiment:", "completion": " negative"}\n')
+    training = ["sft", "--method", "full", "--model", "offline", "--data", data, "--output", output, "--max-steps", 6]
+    training += ["--learning-rate", 1e-3]
+    code, out, _ = run(capsys, *training)
+    assert code == 0 and out == f"{output / 'model'}\n"
+    losses = [json.loads(line)["loss"] for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert losses[-1] < losses[0]
+    assert run(capsys, *training, "--resume")[0] == 0
+    before, after = load(offline.model_path()), load(output / "model", dtype="fp32")
+    assert fingerprint(after) != fingerprint(before)
+    moved = {name for name, p in after.named_parameters() if not p.equal(before.get_parameter(name).float())}
+    assert moved == {name for name, _ in before.named_parameters()}
+    code, out, _ = run(capsys, "generate", "--model", output / "model", "--prompt", "Review: ", "--max-new-tokens", 3)
+    assert code == 0 and out
+
+
 def test_evaluate_generation_and_perplexity(capsys, tmp_path) -> None:
     from posttrain.evaluate import perplexity
     from posttrain.model.loading import load
