@@ -18,8 +18,9 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +31,7 @@ from posttrain.model.functional import rms_norm
 
 from .peft_format import PREFIX, read_config
 
-NONLINEARITIES = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
+NONLINEARITIES: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
 PARTS = ("adapter_down.weight", "adapter_down.bias", "adapter_up.weight", "adapter_up.bias")
 
 
@@ -129,7 +130,7 @@ def _bases(model: nn.Module, config: BottleneckConfig) -> tuple[dict[str, Any], 
     layers = range(len(model.model.layers))
     places = [f"model.layers.{i}.{name}" for i in layers for name in ("self_attn.o_proj", "mlp.down_proj")]
     bare = {n.removesuffix(".base_layer"): m for n, m in model.named_modules()}
-    copied = {n: m for n, m in bare.items() if config.train_norms and isinstance(m, RMSNorm)}
+    copied: dict[str, Any] = {n: m for n, m in bare.items() if config.train_norms and isinstance(m, RMSNorm)}
     if config.train_head:
         if type(bare["lm_head"]) is not nn.Linear:
             raise ValueError(f"train_head: the head is a {type(bare['lm_head']).__name__}; only a dense one can train")
@@ -146,7 +147,8 @@ def resolve(model: nn.Module, config: BottleneckConfig) -> BottleneckConfig:
 def shapes(model: nn.Module, config: BottleneckConfig) -> dict[str, tuple[int, ...]]:
     """{key: shape} of the adapter's tensors."""
     projections, copied = _bases(model, config)
-    m, expected = config.bottleneck_size, {}
+    m = config.bottleneck_size
+    expected: dict[str, tuple[int, ...]] = {}
     for name, base in projections.items():
         d = base.out_features
         expected |= {f"{PREFIX}{name}.{part}": s for part, s in zip(PARTS, ((m, d), (m,), (d, m), (d,)), strict=True)}
@@ -184,12 +186,14 @@ def insert(
 ) -> list[str]:
     """Put the adapter into every layer; returns the names of the projections that it follows."""
     projections, copied = _bases(model, config)
-    device = model.model.embed_tokens.weight.device  # type: ignore[union-attr]
-    tensors = _initial(model, config, dtype) if tensors is None else tensors  # type: ignore[arg-type]
+    model = cast(CausalLM, model)  # _bases raises for anything else
+    device = model.model.embed_tokens.weight.device
+    tensors = _initial(model, config, dtype) if tensors is None else tensors
     values = {key.removeprefix(PREFIX): nn.Parameter(tensor.to(device)) for key, tensor in tensors.items()}
     for place in projections:
-        parts = [values[f"{place}.{part}"] for part in PARTS]
-        _wrapped(model, place, BottleneckLinear).adapters[name] = Bottleneck(*parts, config.nonlinearity)
+        down, down_bias, up, up_bias = (values[f"{place}.{part}"] for part in PARTS)
+        adapter = Bottleneck(down, down_bias, up, up_bias, config.nonlinearity)
+        _wrapped(model, place, BottleneckLinear).adapters[name] = adapter
     for place in copied:
         _wrapped(model, place, AdaptedWeight).adapters[name] = values[f"{place}.weight"]
     return list(projections)
@@ -203,14 +207,14 @@ def parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
             if name in module.adapters:
                 found[f"{PREFIX}{place}.weight"] = module.adapters[name]
         elif name in module.adapters:
-            found |= {f"{PREFIX}{place}.{part}": p for part, p in module.adapters[name].parts().items()}
+            found |= {f"{PREFIX}{place}.{part}": p for part, p in cast(Bottleneck, module.adapters[name]).parts().items()}
     return found
 
 
 def activate(model: nn.Module, name: str | None) -> None:
     """Let that adapter act where it is, and the base alone elsewhere."""
     for module in _inserted(model).values():
-        module.active_adapter = name if name in module.adapters else None
+        module.active_adapter = name if name is not None and name in module.adapters else None
 
 
 def remove(model: nn.Module, name: str) -> None:

@@ -50,9 +50,9 @@ class IA3Config:
             raise ValueError(f"modules_to_save is {self.modules_to_save}; whole modules cannot be trained beside (IA)^3")
         if not self.target_modules:
             raise ValueError("target_modules is empty; expected 'all-linear', a regular expression or a list of names")
-        lists = isinstance(self.target_modules, list) and isinstance(self.feedforward_modules, list)
-        if lists and (extra := sorted(set(self.feedforward_modules) - set(self.target_modules))):
-            raise ValueError(f"feedforward_modules {', '.join(extra)} are not among target_modules {self.target_modules}")
+        targets, feedforward = self.target_modules, self.feedforward_modules
+        if isinstance(targets, list) and isinstance(feedforward, list) and (extra := sorted(set(feedforward) - set(targets))):
+            raise ValueError(f"feedforward_modules {', '.join(extra)} are not among target_modules {targets}")
 
     def to_peft(self, model: nn.Module) -> dict[str, Any]:
         """adapter_config.json's content."""
@@ -101,8 +101,8 @@ class IA3Linear(nn.Module):
         layer = nn.Linear(self.in_features, self.out_features, bias=bias is not None, device="meta", dtype=weight.dtype)
         layer.weight = nn.Parameter((weight * scale).to(weight.dtype), requires_grad=False)
         if bias is not None:
-            bias = bias.detach()
-            layer.bias = nn.Parameter(_scaled(bias, scale) if scale.shape[1] == 1 else bias, requires_grad=False)
+            values = bias.detach()
+            layer.bias = nn.Parameter(_scaled(values, scale) if scale.shape[1] == 1 else values, requires_grad=False)
         return layer
 
 
@@ -189,7 +189,7 @@ def parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
 def activate(model: nn.Module, name: str | None) -> None:
     """Let those vectors act where they are, and the base alone elsewhere."""
     for layer in ia3_layers(model).values():
-        layer.active_adapter = name if name in layer.ia3_l else None
+        layer.active_adapter = name if name is not None and name in layer.ia3_l else None
 
 
 def remove(model: nn.Module, name: str) -> None:

@@ -47,7 +47,7 @@ from .peft_format import read_adapter, write_adapter
 from .prefix import PrefixTuningConfig
 from .prompt import PromptTuningConfig
 
-METHODS: dict[type, ModuleType] = {
+METHODS: dict[type[Any], ModuleType] = {
     LoraConfig: lora,
     BottleneckConfig: bottleneck,
     IA3Config: ia3,

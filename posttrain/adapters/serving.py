@@ -132,6 +132,8 @@ def _packed(weight: Any) -> tuple[tuple, tuple]:
 class _Bare(nn.Module):
     """The model's modules as they were before any was replaced: what an adapter's configuration is matched against."""
 
+    _found: dict[str, nn.Module]
+
     def __init__(self, model: nn.Module):
         super().__init__()
         self.config, self.fingerprint = model.config, base_fingerprint(model)
@@ -212,7 +214,8 @@ def _read(served: Served, path: str | os.PathLike, any_base: bool) -> dict[str, 
 def _write(model: nn.Module, served: Served, i: int, factors: Mapping[str, tuple[Tensor, Tensor, float]]) -> None:
     """Put an adapter into slot i of every layer, taking what was there away."""
     for name in factors.keys() - served.layers.keys():
-        served.layers[name] = layer = MultiLoraLinear(model.get_submodule(name), served.batch).train(model.training)
+        base: Any = model.get_submodule(name)  # a linear layer: _read takes nothing else
+        served.layers[name] = layer = MultiLoraLinear(base, served.batch).train(model.training)
         model.set_submodule(name, layer)
     for name, layer in served.layers.items():
         A, B, scaling = factors.get(name) or (layer.lora_A[:0].flatten(0, 1), layer.lora_B.new_empty(layer.out_features, 0), 0.0)
