@@ -85,7 +85,7 @@ def _multi_lora_linear_cpu(
 ):  # fmt: skip
     rows = _rows(x).contiguous()
     if form == (0, "none"):
-        y = cpu.engine.dense_linear(rows, weight, bias)
+        y = cpu.dense_linear(rows, weight, bias)
     else:
         y = cpu.linear_4bit(rows, weight, absmax, nested, offset, nested_block_size, bias, N, K, *form)
     if ids.numel() != rows.shape[0]:
@@ -146,7 +146,7 @@ def multi_lora_linear(
     it (on a GPU its row becomes NaN); RuntimeError where a gradient is asked for. Papers: arXiv:2310.18547, arXiv:2311.03285.
     """
     segments = adapter_ids if isinstance(adapter_ids, AdapterSegments) else None
-    ids = segments.adapter_ids if segments is not None else adapter_ids
+    ids = adapter_ids.adapter_ids if isinstance(adapter_ids, AdapterSegments) else adapter_ids
     N, K = _check(x, w, lora_A, lora_B, scaling, ranks, bias)
     n, rows = lora_A.shape[0], math.prod(x.shape[:-1])
     if segments is not None:

@@ -20,6 +20,7 @@ quantize_4bit = engine.quantize_4bit
 dequantize_4bit = engine.dequantize_4bit
 double_quantize = engine.double_quantize
 double_dequantize = engine.double_dequantize
+dense_linear = engine.dense_linear
 linear_4bit = engine.linear_4bit
 linear_4bit_dx = engine.linear_4bit_dx
 lora_linear = lora_engine.lora_linear
@@ -28,6 +29,7 @@ lora_linear_group = lora_engine.lora_linear_group
 lora_linear_group_backward = lora_engine.lora_linear_group_backward
 
 __all__ = [
+    "dense_linear",
     "dequantize_4bit",
     "describe",
     "double_dequantize",

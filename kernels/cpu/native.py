@@ -135,12 +135,15 @@ def kept_memory(size: int) -> Tensor:
     return buffer
 
 
-def _dequantized(tensors: tuple, shape: tuple[int, int], dtype: torch.dtype, block_size: int, quant_type: str) -> Tensor:
+def _dequantized(
+    tensors: tuple[Tensor, Tensor, Tensor | None, Tensor | None, int], shape: tuple[int, int], dtype: torch.dtype,
+    block_size: int, quant_type: str,
+) -> Tensor:  # fmt: skip
     """The whole weight in `dtype`, in memory that this thread uses again for its next weight: valid until then."""
     n = shape[0] * shape[1]
     size = n * dtype.itemsize
     out = kept_memory(size)[:size].view(dtype).view(shape)
-    _dequantize_into(out, *tensors, block_size=block_size, quant_type=quant_type)
+    _dequantize_into(out, *tensors, block_size, quant_type)
     return out
 
 

@@ -7,6 +7,7 @@ one wider layer (lora_amx.c). Few rows: the base product, and the low rank added
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -117,6 +118,11 @@ def _forward(x: Tensor, bases: list[tuple], As, Bs, scalings, biases, dropout: f
     return ys
 
 
+def _rounded(gradients: Sequence[Tensor | None], factors: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients in their factors' dtypes; empty (0,) for None."""
+    return [t.new_empty(0) if grad is None else grad.to(t.dtype) for t, grad in zip(factors, gradients, strict=True)]
+
+
 def _backward(
     dys, x: Tensor, bases: list[tuple], As, Bs, scalings, dropout: float, seed: int, need_x: bool, need_A: bool, need_B: bool
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
@@ -134,9 +140,7 @@ def _backward(
         dx = x.new_empty(0)
     elif V is not None:
         dx += _dropped(V @ torch.cat([A.to(x.dtype) for A in As]), dropout, seed)
-    dAs = [A.new_empty(0) if dA is None else dA.to(A.dtype) for A, dA in zip(As, dAs, strict=True)]
-    dBs = [B.new_empty(0) if dB is None else dB.to(B.dtype) for B, dB in zip(Bs, dBs, strict=True)]
-    return dx, dAs, dBs
+    return dx, _rounded(dAs, As), _rounded(dBs, Bs)
 
 
 def lora_linear(
@@ -172,7 +176,8 @@ def lora_linear_group(x, bases, lora_As, lora_Bs, scalings, biases, dropout, see
     nested_block_size, block_size and quant_type."""
     if not _amx_takes(x) or len(bases) > _MAX_LAYERS:
         layers = zip(bases, lora_As, lora_Bs, scalings, biases, Ns, strict=True)
-        return [lora_linear(x, *b[:5], A, B, s, bias, dropout, seed, N, K, *b[5:]) for b, A, B, s, bias, N in layers]
+        each = [(*b[:5], A, B, s, bias, dropout, seed, N, K, *b[5:]) for b, A, B, s, bias, N in layers]
+        return [lora_linear(x, *layer) for layer in each]
     return _forward(x, bases, lora_As, lora_Bs, scalings, biases, dropout, seed, Ns)
 
 

@@ -96,7 +96,9 @@ def lora_linear_group_backward_on(
     engine, dys, x, bases, lora_As, lora_Bs, scalings, p, seed, Ns, K, need_x, need_A, need_B
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """lora_linear_group_backward where `engine` has linear_4bit_dx: layer by layer."""
-    dx, dAs, dBs = x.new_empty(0), [], []
+    dx = x.new_empty(0)
+    dAs: list[Tensor] = []
+    dBs: list[Tensor] = []
     for dy, base, A, B, scaling, N in zip(dys, bases, lora_As, lora_Bs, scalings, Ns, strict=True):
         needs = (need_x, need_A, need_B)
         through, dA, dB = lora_linear_backward_on(engine, dy, x, base, A, B, scaling, p, seed, N, K, *needs)
