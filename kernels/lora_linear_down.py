@@ -14,6 +14,7 @@ memory. K is cut only while x has too few rows to fill the GPU (`lora_linear_pla
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,7 +60,7 @@ def down_tile(M: int, R: int, itemsize: int, dropout: bool) -> dict[str, int]:
     return {"BLOCK_M": rows, "BLOCK_K": columns, "BLOCK_R": rank_tile(R, 64 if narrow else 128)}
 
 
-def down_options(tile: dict[str, int]) -> dict[str, int]:
+def down_options(tile: dict[str, int]) -> dict[str, Any]:
     """Warps: no more than the result has tensor-core tiles of 16 x 8. Stages: two keep enough bytes of a wide tile on their way,
     and three spill (sm_80, sm_100)."""
     return {"num_warps": min(4, tile["BLOCK_M"] * tile["BLOCK_R"] // 128), "num_stages": 2 if tile["BLOCK_R"] >= 64 else 3}

@@ -45,7 +45,7 @@ class Layer(NamedTuple):
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         """W (N, K): itself, or dequantized into a buffer that the next one overwrites."""
-        return self.base[0] if self.base[-1] == "none" else _dequantized(*self.base, dtype=dtype)
+        return self.base[0] if self.base[-1] == "none" else _dequantized(dtype, *self.base)
 
 
 def _rows(z: Tensor) -> Tensor:
@@ -100,8 +100,8 @@ def forward(x: Tensor, layers: Sequence[Layer], biases: Sequence[Tensor | None],
             y.addmm_(x, layer.weight(x.dtype).t())
         else:
             term = LowRank(s[..., columns], layer.lora_B.contiguous(), layer.scaling)
-            base = (weight.contiguous(), absmax.contiguous(), *nested, bias, N, K, block_size, quant_type)
-            y = _LAUNCHERS[chosen.kernel](x, *base, split_k=chosen.split_k, low_rank=term)
+            base = (weight.contiguous(), absmax.contiguous(), *nested, bias, N, K, block_size, quant_type, chosen.split_k, term)
+            y = _LAUNCHERS[chosen.kernel](x, *base)
         ys.append(y)
     return ys
 

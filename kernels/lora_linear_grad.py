@@ -120,9 +120,8 @@ def aot_variants() -> Iterator[Variant]:
     """Every tile, with and without V, of dB and of dA, each way of dropping; not all combined."""
     cases = [("bf16", 8, True, 0, False), ("bf16", 16, True, 0, True), ("bf16", 32, True, 0, True), ("fp16", 64, False, 1, False)]
     cases += [("bf16", R, False, dropout, True) for R in (16, 64) for dropout in (0, 2)] + [("fp32", 64, False, 2, True)]
-    for (dtype, R, with_v, dropout, even), (backend_name, arch) in itertools.product(
-        cases, (("cuda", 80), ("cuda", 90), ("cuda", 100), ("hip", "gfx942"))
-    ):
+    targets: list[tuple[str, int | str]] = [("cuda", 80), ("cuda", 90), ("cuda", 100), ("hip", "gfx942")]
+    for (dtype, R, with_v, dropout, even), (backend_name, arch) in itertools.product(cases, targets):
         tile = grad_tile(R, 4 if dtype == "fp32" else 2, dropout > 0, with_v, backend_name, arch)
         num_warps = tile.pop("num_warps")
         integer = "i32:16" if R % 16 == 0 else "i32"

@@ -39,7 +39,7 @@ _LAUNCHERS = {"decode": quantized_linear_decode_triton, "gemm": quantized_linear
 _BUFFERS: dict[tuple[torch.device, int], Tensor] = {}
 
 
-def _dequantized(packed, absmax, nested, offset, nested_block_size, N, K, block_size, quant_type, dtype) -> Tensor:
+def _dequantized(dtype, packed, absmax, nested, offset, nested_block_size, N, K, block_size, quant_type) -> Tensor:
     """W (N, K) in `dtype`, valid until the next call on this stream."""
     key = packed.device, torch.cuda.current_stream(packed.device).cuda_stream
     nbytes = N * K * dtype.itemsize
@@ -73,7 +73,7 @@ def _linear_cuda(x, packed, absmax, nested, offset, nested_block_size, bias, N, 
     packed, absmax = packed.contiguous(), absmax.contiguous()
     chosen = plan(rows.shape[0], N, K, x.dtype, current_target())
     if chosen.kernel == "dequantize" or packed.data_ptr() % 16:  # kernels read packed in pieces of 16 bytes
-        weight = _dequantized(packed, absmax, nested, offset, nested_block_size, N, K, block_size, quant_type, x.dtype)
+        weight = _dequantized(x.dtype, packed, absmax, nested, offset, nested_block_size, N, K, block_size, quant_type)
         y = F.linear(rows, weight, bias)
     else:
         y = _LAUNCHERS[chosen.kernel](
@@ -86,7 +86,7 @@ def _linear_dx_cuda(dy, packed, absmax, nested, offset, nested_block_size, N, K,
     rows = dy.reshape(math.prod(dy.shape[:-1]), N)
     if rows.numel() == 0 or K == 0:
         return dy.new_zeros(*dy.shape[:-1], K)
-    weight = _dequantized(packed, absmax, nested, offset, nested_block_size, N, K, block_size, quant_type, dy.dtype)
+    weight = _dequantized(dy.dtype, packed, absmax, nested, offset, nested_block_size, N, K, block_size, quant_type)
     return (rows @ weight).view(*dy.shape[:-1], K)
 
 
