@@ -1,11 +1,13 @@
 """Every method of `posttrain sft` on SmolLM2-135M and the movie reviews, beside PEFT where PEFT has it.
 
-    python benchmarks/bench_adapters.py [--quick] [--methods lora ia3 ...] [--steps 40] [--test-items 600] [--rounds 5]
+    python benchmarks/bench_adapters.py [--quick] [--methods lora ia3 ...] [--parts accuracy memory step] [--steps 40]
+                                        [--test-items 600] [--rounds 5] [--output FOLDER]
 
-Method by method, so that an interrupted run leaves what it has:
+Method by method, so that an interrupted run leaves what it has; a later one of the same settings fills in other methods and
+parts. With --output the trained adapters stay, and what is trained there is not trained again.
   accuracy   after a fixed number of steps of 2 rows of 256 tokens with the method's default settings, on the test split,
-             with Wilson's 95 % interval and McNemar's exact test against the same base untrained. Learning rates were
-             chosen on the validation split alone (posttrain/adapters/recipes.py)
+             with Wilson's 95 % interval and McNemar's exact test against the same base untrained. How the learning
+             rates were chosen: posttrain/adapters/recipes.py
   step       forward, backward, clipping and AdamW on 2 x 256 tokens, a quarter of them labelled; ours and PEFT's in turn
              in one process, so that a busy machine slows both; the ratio is the median of those within a round
   memory     the highest resident size during two such steps, each system in a process of its own
@@ -25,7 +27,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from posttrain.adapters.counts import total_parameters, trainable_parameters
 from posttrain.adapters.recipes import RECIPES
 from posttrain.atomic import atomic_write
 from posttrain.data import load_dataset
-from posttrain.evaluate import Accuracy, choice_accuracy
+from posttrain.evaluate import choice_accuracy
 from posttrain.fetch import fetch
 from posttrain.model import CausalLM, generate, load
 from posttrain.model.tokenizer import Tokenizer
@@ -173,17 +174,19 @@ def decode_speed(model: CausalLM) -> float:
 class Task:
     """The reviews: training examples, test items, and each base's answers before training."""
 
-    def __init__(self, folder: Path, scratch: Path, items: int):
+    def __init__(self, folder: Path, scratch: Path, items: int, untrained: dict[str, list[bool]]):
         self.folder, tokenizer, splits = folder, Tokenizer.load(folder), load_task("reviews")
         self.examples = load_dataset(to_jsonl(splits.train, scratch / "train.jsonl"), tokenizer)
         self.test = choice_items(splits, "test", tokenizer)[:items]
-        self.untrained: dict[str | None, Accuracy] = {}
+        self.untrained = untrained
 
-    def before(self, method: str) -> Accuracy:
-        kind = RECIPES[method].quantize
+    def before(self, method: str) -> list[bool]:
+        """Which items the method's base answers rightly untrained: in bf16 or in its 4-bit format."""
+        kind = RECIPES[method].quantize or "bf16"
         if kind not in self.untrained:
-            self.untrained[kind] = choice_accuracy(base(method, self.folder, "bf16"), self.test)
-            print(f"untrained, {kind or 'bf16'}: {self.untrained[kind]}", flush=True)
+            found = choice_accuracy(base(method, self.folder, "bf16"), self.test)
+            self.untrained[kind] = found.correct
+            print(f"untrained, {kind}: {found}", flush=True)
         return self.untrained[kind]
 
     def train(self, method: str, steps: int, output: Path) -> dict[str, Any]:
@@ -196,23 +199,22 @@ class Task:
             learning_rate=recipe.learning_rate,
             warmup_ratio=0.1,
         )
-        began = time.perf_counter()
-        sft(model, self.examples, config, recipe.adapter(), max_length=T, quiet=True)
-        seconds = time.perf_counter() - began
+        trained = sft(model, self.examples, config, recipe.adapter(), max_length=T, quiet=True, resume=True)
         model.eval()
         if method == "full":
             model = model.bfloat16()
         after = choice_accuracy(model, self.test)
-        comparison = compare(before.correct, after.correct, "untrained", method)
+        comparison = compare(before, after.correct, "untrained", method)
         print(f"{method}: {comparison}", flush=True)
         saved = output / ("model/model.safetensors" if method == "full" else "adapter_model.safetensors")
         return {
-            "before": before.accuracy, "accuracy": after.accuracy, "interval": after.interval, "items": after.n,
-            "p": comparison.p_value, "train_seconds": seconds, "disk": saved.stat().st_size,
+            "before": sum(before) / len(before), "accuracy": after.accuracy, "interval": after.interval, "items": after.n,
+            "p": comparison.p_value, "train_seconds": trained.metrics[-1]["seconds"], "disk": saved.stat().st_size,
             "tokens_per_second": decode_speed(model), "learning_rate": recipe.learning_rate,
         }  # fmt: skip
 
 
+PARTS = ("accuracy", "memory", "step")
 HEAD = (
     f"{'method':10}{'trained':>10}{'% of all':>9}{'disk MB':>9}{'peak GB':>8}{'PEFT':>6}{'step s':>8}{'PEFT':>7}{'accuracy':>10}"
     f"{'95 % interval':>16}{'p':>9}{'tokens/s':>9}"
@@ -221,28 +223,43 @@ HEAD = (
 
 def line(row: dict[str, Any]) -> str:
     """One line of the table; what PEFT needs is a multiple of ours."""
-    used, step = row["memory"], row["step"]
-    more = f"{used['PEFT'] / used['ours']:.1f}x" if "PEFT" in used else "n/a"
-    slower = f"{step['peer_over_ours']:.2f}x" if step["peer_over_ours"] else "n/a"
-    low, high = row["interval"]
+    disk = peak = more = seconds = slower = accuracy = interval = p = speed = "n/a"
+    if used := row.get("memory"):
+        peak, more = f"{used['ours'] / 1e9:.2f}", f"{used['PEFT'] / used['ours']:.1f}x" if "PEFT" in used else "n/a"
+    if step := row.get("step"):
+        seconds = f"{statistics.median(step['seconds']['ours']):.2f}"
+        slower = f"{step['peer_over_ours']:.2f}x" if step["peer_over_ours"] else "n/a"
+    if "accuracy" in row:
+        disk, accuracy, p = f"{row['disk'] / 1e6:.2f}", f"{row['accuracy']:.3f}", f"{row['p']:.1g}"
+        interval, speed = "-".join(f"{end:.3f}" for end in row["interval"]), f"{row['tokens_per_second']:.1f}"
     return (
-        f"{row['method']:10}{row['trainable']:10,}{row['percent']:9.3f}{row['disk'] / 1e6:9.2f}{used['ours'] / 1e9:8.2f}{more:>6}"
-        f"{statistics.median(step['seconds']['ours']):8.2f}{slower:>7}{row['accuracy']:10.3f}"
-        f"{f'{low:.3f}-{high:.3f}':>16}{row['p']:9.1g}{row['tokens_per_second']:9.1f}"
+        f"{row['method']:10}{row['trainable']:10,}{row['percent']:9.3f}{disk:>9}{peak:>8}{more:>6}{seconds:>8}{slower:>7}"
+        f"{accuracy:>10}{interval:>16}{p:>9}{speed:>9}"
     )
 
 
-def save(rows: dict[str, dict[str, Any]], facts: dict[str, Any], path: Path) -> None:
-    """The table as JSON, and its accuracies over what trains as a picture where matplotlib is."""
+Found = dict[str, Any]
+"""What the JSON file holds. facts: the settings; rows: {method: row}; untrained: {base's format: right or wrong by item}."""
+
+
+def earlier(facts: dict[str, Any], path: Path) -> Found:
+    """What an earlier run of the same settings found; nothing where there is no such run."""
+    if path.is_file() and (found := json.loads(path.read_text(encoding="utf-8")))["facts"] == facts:
+        return found
+    return {"facts": facts, "untrained": {}, "rows": {}}
+
+
+def save(found: Found, path: Path) -> None:
+    """The JSON file, and a picture of the accuracies over what trains where matplotlib is."""
     path.parent.mkdir(exist_ok=True)
     with atomic_write(path) as file:
-        file.write_text(json.dumps({"facts": facts, "rows": list(rows.values())}, indent=1) + "\n", encoding="utf-8")
+        file.write_text(json.dumps(found) + "\n", encoding="utf-8")
     try:
         from matplotlib import pyplot
     except ModuleNotFoundError:
         return
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    for row in rows.values():
+    for row in (row for row in found["rows"].values() if "accuracy" in row):
         low, high = row["interval"]
         spread = [[row["accuracy"] - low], [high - row["accuracy"]]]
         axes.errorbar(row["percent"], row["accuracy"], spread, fmt="o", capsize=3)
@@ -250,7 +267,7 @@ def save(rows: dict[str, dict[str, Any]], facts: dict[str, Any], path: Path) -> 
         axes.axhline(row["before"], color="grey", linewidth=0.5)
     axes.set_xscale("log")
     axes.set_xlabel("% of the parameters that train")
-    axes.set_ylabel(f"test accuracy after {facts['steps']} steps (grey: untrained)")
+    axes.set_ylabel(f"test accuracy after {found['facts']['steps']} steps (grey: untrained)")
     figure.tight_layout()
     figure.savefig(path.with_suffix(".png"), dpi=120)
     pyplot.close(figure)
@@ -259,6 +276,8 @@ def save(rows: dict[str, dict[str, Any]], facts: dict[str, Any], path: Path) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", choices=RECIPES, default=list(RECIPES))
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--output", type=Path, help="folder that keeps what is trained (default: a temporary one)")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--test-items", type=int, default=600)
     parser.add_argument("--rounds", type=int, default=5)
@@ -277,23 +296,29 @@ def main() -> None:
         "steps": arguments.steps, "rows": B, "row_tokens": T, "test_items": arguments.test_items, "weights": folder.name,
         "threads": torch.get_num_threads(), "torch": torch.__version__, "machine": platform.processor() or platform.machine(),
     }  # fmt: skip
-    rows: dict[str, dict[str, Any]] = {}
+    found = earlier(facts, arguments.json)
     with tempfile.TemporaryDirectory() as scratch:
-        task = Task(folder, Path(scratch), arguments.test_items)
+        output = arguments.output or Path(scratch)
+        accuracy = "accuracy" in arguments.parts
+        task = Task(folder, Path(scratch), arguments.test_items, found["untrained"]) if accuracy else None
         for method in arguments.methods:
-            adapter = Path(scratch) / f"{method}-moved"
+            config, adapter = base(method, folder).config, Path(scratch) / f"{method}-moved"
             if method != "full":
                 moved_adapter(method, folder, adapter)
-            config = base(method, folder).config
-            row = {"method": method, "trainable": trainable_parameters(config, RECIPES[method].adapter())}
+            row = found["rows"].setdefault(method, {"method": method})
+            row["trainable"] = trainable_parameters(config, RECIPES[method].adapter())
             row["percent"] = 100 * row["trainable"] / total_parameters(config)
-            row |= task.train(method, arguments.steps, Path(scratch) / method)
-            row["memory"] = memory(method, folder, adapter)
-            row["step"] = step_times(method, folder, adapter, arguments.rounds)
-            rows[method] = row
-            save(rows, facts, arguments.json)
-            print(row["step"]["agreement"] or "losses not compared", line(row), sep="\n", flush=True)
-    print(f"\n{HEAD}", *map(line, rows.values()), sep="\n")
+            if task:
+                row |= task.train(method, arguments.steps, output / method)
+                save(found, arguments.json)
+            if "memory" in arguments.parts:
+                row["memory"] = memory(method, folder, adapter)
+            if "step" in arguments.parts:
+                row["step"] = step_times(method, folder, adapter, arguments.rounds)
+                print(row["step"]["agreement"] or "losses not compared")
+            save(found, arguments.json)
+            print(line(row), flush=True)
+    print(f"\n{HEAD}", *map(line, found["rows"].values()), sep="\n")
 
 
 if __name__ == "__main__":
