@@ -71,9 +71,9 @@ def ours(method: str, folder: Path, adapter: Path) -> tuple[bench_sft.Parameters
     """(what trains, function that gives the mean loss)."""
     model = base(method, folder).train()
     if method == "full":
-        return dict(model.named_parameters()), functools.partial(bench_sft.mean_loss, model, *tokens(), B)
+        return dict(model.named_parameters()), functools.partial(bench_sft.mean_loss, model, *tokens())
     load_adapter(model, adapter, any_base=True)
-    return adapter_parameters(model), functools.partial(bench_sft.mean_loss, model, *tokens(), B)
+    return adapter_parameters(model), functools.partial(bench_sft.mean_loss, model, *tokens())
 
 
 def theirs(method: str, folder: Path, adapter: Path) -> tuple[bench_sft.Parameters, Callable[[], torch.Tensor]]:
@@ -116,7 +116,7 @@ def agree(method: str, folder: Path, adapter: Path, systems: dict[str, tuple]) -
     wide = base(method, folder).float()
     load_adapter(wide, adapter, any_base=True)
     with torch.no_grad():
-        exact = bench_sft.mean_loss(wide, *tokens(), B).item()
+        exact = bench_sft.mean_loss(wide, *tokens()).item()
         mine, peers = (abs(loss().item() - exact) for _, loss in systems.values())
     if mine > max(2 * peers, torch.finfo(torch.bfloat16).eps * exact):
         raise SystemExit(f"{method}: our loss is {mine:.2e} from float32's {exact:.4f}, PEFT's {peers:.2e}")
@@ -154,7 +154,7 @@ def memory(method: str, folder: Path, adapter: Path) -> dict[str, int]:
     found = {}
     for system in ("ours", "PEFT") if method in PEERS and available(method) else ("ours",):
         command = [sys.executable, __file__, "--memory-of", system, method, str(folder), str(adapter)]
-        ended = subprocess.run(command, capture_output=True, text=True, cwd=tempfile.gettempdir(), check=True)
+        ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=tempfile.gettempdir(), check=True)
         found[system] = int(ended.stdout.split()[-1])
     return found
 
