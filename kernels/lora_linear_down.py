@@ -55,7 +55,7 @@ def _lora_linear_down_kernel(
 def down_tile(M: int, R: int, itemsize: int, dropout: bool) -> dict[str, int]:
     """Rows of x, columns and rows of a that a program takes at once. Random words and fp32 sums want registers: less at once."""
     narrow = dropout or itemsize == 4
-    rows = 16 if M <= 16 else 32 if narrow or R > 64 or (M <= 2048 and R <= 32) else 64
+    rows = 16 if M <= 16 or (dropout and R > 32) else 32 if narrow or R > 64 or (M <= 2048 and R <= 32) else 64
     columns = (256 if R <= 32 and not narrow else 64 if R > 32 and dropout and itemsize == 2 else 128) // itemsize
     return {"BLOCK_M": rows, "BLOCK_K": columns, "BLOCK_R": rank_tile(R, 64 if narrow else 128)}
 

@@ -138,9 +138,9 @@ def test_opcheck():
 
 @pytest.mark.interpret
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16))
-@pytest.mark.parametrize("V", (1, 64, 4095, 4096, 4097, 9000))
+@pytest.mark.parametrize("V", (1, 64, 4095, 4097))
 def test_interpreted(dtype, V):
-    _check(logit_rows_triton, 64, V, dtype)
+    _check(logit_rows_triton, 24, V, dtype)
 
 
 EMULATED = (torch.bfloat16, 8192), (torch.bfloat16, 4099), (torch.float16, 70), (torch.float32, 5000)
