@@ -319,6 +319,7 @@ def main() -> None:
                 row["tokens_per_second"] = decode_speed(method, folder, adapter)
             if "memory" in arguments.parts:
                 row["memory"] = memory(method, folder, adapter)
+                save(found, arguments.json)
             if "step" in arguments.parts:
                 row["step"] = step_times(method, folder, adapter, arguments.rounds)
                 print(row["step"]["agreement"] or "losses not compared")
