@@ -10,9 +10,10 @@ its validation split. The others' were tried on it with SmolLM2-135M, 40 steps o
                3e-2, from zeros           bf16, 150 items   0.767
                1e-2, from a text's keys   bf16, 150 items   0.800
     p-tuning   1e-2                       bf16, 150 items   0.600
+    full       3e-5                       fp32, 150 items   0.900    (measured in bf16)
 
-So prefix and p-tuning have no rate here that teaches the task in so few steps. p-tuning's and full's are starting points
-that have not been measured, and dora's is lora's.
+So prefix and p-tuning have no rate here that teaches the task in so few steps. p-tuning's is a starting point that has
+not been measured, and dora's is lora's.
 """
 
 from __future__ import annotations
@@ -58,5 +59,5 @@ RECIPES: dict[str, Recipe] = {
     "prompt": Recipe(PromptTuningConfig, 3e-2, {"num_virtual_tokens": 20, "prompt_tuning_init": "SAMPLE_VOCAB"}),
     "p-tuning": Recipe(PromptEncoderConfig, 1e-3, {"num_virtual_tokens": 20}),
     "ia3": Recipe(IA3Config, 1e-2),
-    "full": Recipe(None, 2e-5),
+    "full": Recipe(None, 3e-5),
 }
