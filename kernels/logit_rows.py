@@ -94,7 +94,7 @@ def logit_rows_triton(logits: Tensor, labels: Tensor, ignore_index: int, gradien
         with on_device_of(logits):
             _logit_rows_kernel[(N,)](
                 logits, labels, logprobs, entropies, logits.stride(0), V, ignore_index, GRADIENT=gradient,
-                ENTROPY=entropy, ALIGNED=aligned, TILE=_tile(aligned), num_warps=_WARPS,
+                ENTROPY=entropy, ALIGNED=aligned, TILE=_tile(aligned), num_warps=_WARPS, enable_fp_fusion=True,
             )  # fmt: skip
     return logprobs, entropies
 
@@ -133,4 +133,6 @@ def aot_variants() -> Iterator[Variant]:
             "stride": integer, "V": integer, "ignore_index": "i32",
         }  # fmt: skip
         constants = {"GRADIENT": gradient, "ENTROPY": entropy, "ALIGNED": aligned, "TILE": _tile(aligned)}
-        yield Variant(f"logit_rows_{names[dtype]}{suffix}", _logit_rows_kernel, signature, constants, num_warps=_WARPS)
+        options = {"enable_fp_fusion": True}  # sums and products, not bytes: fused they are fewer and nearer
+        name = f"logit_rows_{names[dtype]}{suffix}"
+        yield Variant(name, _logit_rows_kernel, signature, constants, num_warps=_WARPS, options=options)
