@@ -5,7 +5,7 @@
 logits     float32 | float16 | bfloat16 (N, V)     rows contiguous; overwritten where `gradient` is asked for
 labels     int64 (N,)                              a row of label ignore_index gives zeros everywhere; another label outside
                                                    [0, V) is an error on a CPU, on a GPU a NaN log p
-logprobs, entropy  float32 (N,)                    entropy is measured where asked for, else 0
+logprobs, entropy  float32 (N,)                    entropy is 0 unless asked for; float64 logits, on a CPU, give float64
 
 The sums are online: the largest logit so far, and the sums rescaled where it grows. Sums in float32; onehot - p is rounded once, as
 the difference, since near a certain label a softmax rounded first would lose it.
@@ -38,16 +38,14 @@ def _tile(aligned: bool) -> int:
 @triton.jit
 def _logit_rows_kernel(
     logits_ptr, labels_ptr, logprobs_ptr, entropy_ptr, stride, V, ignore_index,
-    GRADIENT: tl.constexpr, ENTROPY: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr,
+    GRADIENT: tl.constexpr, ENTROPY: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    # One program owns a row. ALIGNED: rows start at multiples of 16 bytes, said so that loads are 128 bits wide.
+    # One program owns a row.
     # Exponents are taken of differences to the largest logit, which are exact near it, and in base 2.
     LOG2E: tl.constexpr = 1.4426950408889634
     row = tl.program_id(0)
     label = tl.load(labels_ptr + row)
     learned = label != ignore_index
-    if ALIGNED:
-        stride = tl.multiple_of(stride, 16)
     row_ptr = logits_ptr + row.to(tl.int64) * stride
     lanes = tl.arange(0, TILE)
     inside = (label >= 0) & (label < V)
@@ -90,11 +88,11 @@ def logit_rows_triton(logits: Tensor, labels: Tensor, ignore_index: int, gradien
     logprobs = torch.empty(N, dtype=torch.float32, device=logits.device)
     entropies = torch.empty_like(logprobs) if entropy else torch.zeros_like(logprobs)
     if N:
-        aligned = logits.stride(0) * logits.element_size() % 16 == 0 and logits.stride(0) % 16 == 0
+        aligned = logits.stride(0) % 16 == 0  # which triton sees too, and then loads 128 bits at a time
         with on_device_of(logits):
             _logit_rows_kernel[(N,)](
                 logits, labels, logprobs, entropies, logits.stride(0), V, ignore_index, GRADIENT=gradient,
-                ENTROPY=entropy, ALIGNED=aligned, TILE=_tile(aligned), num_warps=_WARPS, enable_fp_fusion=True,
+                ENTROPY=entropy, TILE=_tile(aligned), num_warps=_WARPS, enable_fp_fusion=True,
             )  # fmt: skip
     return logprobs, entropies
 
@@ -111,7 +109,8 @@ def _logit_rows_cpu(logits: Tensor, labels: Tensor, ignore_index: int, gradient:
 
 
 def _fake(logits, labels, ignore_index, gradient, entropy):
-    return logits.new_empty(len(logits), dtype=torch.float32), logits.new_empty(len(logits), dtype=torch.float32)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return logits.new_empty(len(logits), dtype=wide), logits.new_empty(len(logits), dtype=wide)
 
 
 define(
@@ -132,7 +131,7 @@ def aot_variants() -> Iterator[Variant]:
             "logits_ptr": f"*{names[dtype]}", "labels_ptr": "*i64", "logprobs_ptr": "*fp32", "entropy_ptr": "*fp32",
             "stride": integer, "V": integer, "ignore_index": "i32",
         }  # fmt: skip
-        constants = {"GRADIENT": gradient, "ENTROPY": entropy, "ALIGNED": aligned, "TILE": _tile(aligned)}
+        constants = {"GRADIENT": gradient, "ENTROPY": entropy, "TILE": _tile(aligned)}
         options = {"enable_fp_fusion": True}  # sums and products, not bytes: fused they are fewer and nearer
         name = f"logit_rows_{names[dtype]}{suffix}"
         yield Variant(name, _logit_rows_kernel, signature, constants, num_warps=_WARPS, options=options)

@@ -83,9 +83,8 @@ def preference_loss_triton(
     loss_type: str, divergence: str, beta: float, smoothing: float, parameter: float, alpha: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Launch the kernel: losses, chosen and rejected rewards, and the losses' derivatives by the policy's log-probabilities."""
-    tensors = [None if t is None else t.contiguous() for t in (
-        chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths, weights
-    )]  # fmt: skip
+    given = (chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths, weights)
+    tensors = [None if t is None else t.to(chosen.dtype).contiguous() for t in given]  # lengths may be integers
     outputs = tuple(torch.empty(chosen.shape, dtype=chosen.dtype, device=chosen.device) for _ in range(5))
     B = chosen.numel()
     if B:

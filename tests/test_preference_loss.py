@@ -131,11 +131,11 @@ def test_extreme_ratios_stay_finite(name, divergence, ratio):
 def test_dpo_prefers_what_the_policy_raised(rows, beta):
     """The loss falls below log 2 exactly where the policy's margin exceeds the reference's, and pushes it further."""
     logps = [torch.tensor(column, dtype=torch.float64) for column in zip(*rows, strict=True)]
-    losses, chosen, rejected, d_chosen, d_rejected = _ours("hinge", "reverse_kl", logps, [torch.ones(len(rows))] * 2, None, beta)
-    assert torch.equal(losses == 0, chosen - rejected >= 1) or torch.isclose(chosen - rejected, torch.ones(()).double()).any()
-    losses, _, _ = dpo_loss(*logps, beta)
+    losses, _, _, d_chosen, d_rejected = _ours("hinge", "reverse_kl", logps, [torch.ones(len(rows))] * 2, None, beta)
     margin = (logps[0] - logps[2]) - (logps[1] - logps[3])
-    assert torch.equal(losses < math.log(2), margin * beta > 0) or margin.abs().min() < 1e-12
+    assert torch.equal(losses == 0, beta * margin >= 1)
+    losses, _, _ = dpo_loss(*logps, beta)
+    assert (losses[margin >= 0] <= math.log(2)).all() and (losses[margin <= 0] >= math.log(2)).all()
     assert (d_chosen <= 0).all() and (d_rejected >= 0).all()
 
 
@@ -247,6 +247,7 @@ def test_trl_agrees(name, divergence):
             refs = [r.to(dtype) for r in ref] if LOSSES[name].reference else (None, None)
             losses, rewards, _ = preference_loss(chosen, rejected, *refs, 0.3, name, smoothing, **options)
             means.append(losses.mean())
-        if LOSSES[name].reference:
-            assert metrics["rewards/chosen"] == [pytest.approx(rewards.mean().item(), rel=1e-5)]
+        if LOSSES[name].reference:  # of float64 here: TRL's float32 mean is within its B roundings
+            bound = B * torch.finfo(torch.float32).eps * rewards.abs().max().item()
+            assert metrics["rewards/chosen"] == [pytest.approx(rewards.mean().item(), abs=bound)]
     assert_as_accurate(torch.stack(ours), torch.stack(theirs), torch.stack(exact))
