@@ -83,7 +83,7 @@ def ours(kind: str, model_path: Path, adapter: Path, input_ids: Tensor, labels: 
 def mean_loss(model: CausalLM, input_ids: Tensor, labels: Tensor, rows: slice = slice(B)) -> Tensor:
     pairs = zip(input_ids[rows].tolist(), labels[rows].tolist(), strict=True)
     batch = collate([[Example(ids, learned)] for ids, learned in pairs])
-    return loss_sum(model, batch) / batch.num_labels
+    return loss_sum(model, batch) / batch.normalizer
 
 
 def theirs(kind: str, model_path: Path, adapter: Path, input_ids: Tensor, labels: Tensor):

@@ -36,7 +36,7 @@ class Batch:
     num_tokens: int
 
     @property
-    def num_labels(self) -> int:
+    def normalizer(self) -> int:
         """Tokens with a label: the sum of losses is divided by these."""
         return int((self.labels[:, 1:] != IGNORE_INDEX).sum())
 

@@ -14,10 +14,11 @@ import json
 import math
 import os
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,6 @@ from torch import Tensor, nn
 from .adapters.lora_plus import parameter_groups
 from .checkpoint import checkpoints, keep_last, load_checkpoint, read_state, save_checkpoint, trainable
 from .errors import PosttrainError
-from .packing import Batch
 from .plots import line_chart, running_mean
 from .progress import Metrics, ProgressLine, peak_memory, read_metrics
 
@@ -82,6 +82,23 @@ class TrainConfig:
             raise ValueError(f"lr_scheduler_type is {self.lr_scheduler_type!r}; expected cosine, linear or constant")
 
 
+class Batch(Protocol):
+    """What `collate` makes. num_tokens: tokens in it, for the speed. normalizer: what the sum of its losses is divided by, added
+    up over a step: tokens with a label, pairs, ..."""
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    @property
+    def normalizer(self) -> int: ...
+
+    def to(self, device: torch.device | str) -> Batch: ...
+
+
+# A batch's losses summed, and where there is more to tell: {name: (sum, count)}, shown as the mean over a step.
+Loss = Tensor | tuple[Tensor, dict[str, tuple[Tensor, float]]]
+
+
 @dataclass(frozen=True)
 class TrainResult:
     """What a run did: optimizer steps in all, tokens seen in all, and the entries of metrics.jsonl."""
@@ -121,11 +138,28 @@ def step_items(config: TrainConfig, step: int, items: int) -> list[list[int]]:
     return [ours[i : i + size] for i in range(0, len(ours), size)]
 
 
+def adamw(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """The optimizer of the model's parameters that require a gradient. PosttrainError for LoRA+'s rate without LoRA."""
+    parameters = trainable(model)
+    try:
+        groups = parameter_groups(parameters, config.loraplus_lr_ratio)
+    except ValueError as error:
+        raise PosttrainError(str(error)) from error
+    return torch.optim.AdamW(
+        groups,
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        weight_decay=config.weight_decay,
+        fused=all(parameter.device.type in ("cpu", "cuda") for parameter in parameters.values()),
+    )
+
+
 def train(
     model: nn.Module,
     data: Sequence[Any],
     collate: Callable[[list[Any]], Batch],
-    loss_sum: Callable[[Any, Batch], Tensor],
+    loss_sum: Callable[[Any, Any], Loss],
     config: TrainConfig,
     *,
     resume: bool = False,
@@ -135,12 +169,12 @@ def train(
 ) -> TrainResult:
     """Train the parameters of `model` that require a gradient.
 
-    collate: items of `data` -> Batch. loss_sum: (model, batch) -> the loss summed over the batch's tokens with a label.
-    In config.output_dir: metrics.jsonl, loss.svg and checkpoint-<step>/ folders (posttrain/checkpoint.py). resume=True
-    goes on from the last of these, or begins where there is none; `identity` (what data, what adapter) must then be as
-    it was. on_step sees each entry of metrics.jsonl. PosttrainError where there is nothing to train or to learn from,
-    where the loss or the gradient stops being finite (weights and checkpoints stay those of the step before), or where
-    the run to resume was another.
+    collate: items of `data` -> Batch. loss_sum: (model, batch) -> the batch's losses summed (over its tokens with a
+    label, its pairs: what its normalizer counts), alone or with sums to show. In config.output_dir: metrics.jsonl,
+    loss.svg and checkpoint-<step>/ folders (posttrain/checkpoint.py). resume=True goes on from the last of these, or
+    begins where there is none; `identity` (what data, what adapter) must then be as it was. on_step sees each entry of
+    metrics.jsonl. PosttrainError where there is nothing to train or to learn from, where the loss or the gradient stops
+    being finite (weights and checkpoints stay those of the step before), or where the run to resume was another.
     """
     if not data:
         raise PosttrainError("the training data holds no examples")
@@ -150,18 +184,7 @@ def train(
     folder, device = Path(config.output_dir), parameters[0].device
     total = total_steps(config, len(data))
     identity = json.loads(json.dumps({k: v for k, v in asdict(config).items() if k in IDENTITY} | (identity or {})))
-    try:
-        groups = parameter_groups(trainable(model), config.loraplus_lr_ratio)
-    except ValueError as error:
-        raise PosttrainError(str(error)) from error
-    optimizer = torch.optim.AdamW(
-        groups,
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        weight_decay=config.weight_decay,
-        fused=device.type in ("cpu", "cuda"),
-    )
+    optimizer = adamw(model, config)
     first, tokens, seconds = _begin(folder, model, optimizer, identity, config.seed, resume)
     metrics = Metrics(folder / "metrics.jsonl", first)
     was_training = model.training
@@ -174,7 +197,7 @@ def train(
             step_began = time.perf_counter()
             items = step_items(config, step, len(data))
             batches = [collate([data[i] for i in part]) for part in items]
-            losses, norm = _accumulate(model, batches, loss_sum, parameters, config.max_grad_norm, device)
+            losses, norm, shown = accumulate(model, batches, loss_sum, parameters, config.max_grad_norm, device)
             if not all(map(math.isfinite, (*losses, norm))):
                 optimizer.zero_grad()
                 raise PosttrainError(_not_finite(step + 1, losses, norm, items, folder))
@@ -190,6 +213,7 @@ def train(
                 "loss": math.fsum(losses),
                 "learning_rate": optimizer.param_groups[0]["lr"],
                 "grad_norm": norm,
+                **shown,
                 "tokens": tokens,
                 "tokens_per_second": sum(batch.num_tokens for batch in batches) / (now - step_began),
                 "peak_memory": peak_memory(device),
@@ -226,22 +250,38 @@ def _begin(folder: Path, model, optimizer, identity: dict, seed: int, resume: bo
     return state["step"], state["tokens"], state["seconds"]
 
 
-def _accumulate(model, batches, loss_sum, parameters, max_norm: float, device) -> tuple[list[float], float]:
-    """Clipped gradients of the mean loss over all batches' labels. Returns each batch's part of it, and the norm.
+def accumulate(
+    model: Any,
+    batches: Sequence[Batch],
+    loss_sum: Callable[[Any, Any], Loss],
+    parameters: Sequence[nn.Parameter],
+    max_norm: float,
+    device: torch.device,
+) -> tuple[list[float], float, dict[str, float]]:
+    """Clipped gradients of the mean loss over all batches. Returns each batch's part of it, the gradient's norm before clipping,
+    and the means of what else loss_sum tells.
 
     The host waits for the device once, at the end.
     """
-    count = sum(batch.num_labels for batch in batches)
+    count = sum(batch.normalizer for batch in batches)
     if not count:
         raise PosttrainError("no token of this step has a label; is the completion missing from the data?")
-    losses = []
+    losses: list[Tensor] = []
+    sums: dict[str, list[Tensor]] = defaultdict(list)
+    counts: dict[str, float] = defaultdict(float)
     for batch in batches:
-        loss = loss_sum(model, batch.to(device)) / count
+        value = loss_sum(model, batch.to(device))
+        loss, told = value if isinstance(value, tuple) else (value, {})
+        loss = loss / count
         loss.backward()
         losses.append(loss.detach())
+        for name, (total, number) in told.items():
+            sums[name].append(total.detach())
+            counts[name] += number
     norm = nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)
-    *losses, norm = torch.stack([*losses, norm.to(losses[0].dtype)]).tolist()
-    return losses, norm
+    means = [torch.stack(totals).sum() / max(counts[name], 1) for name, totals in sums.items()]
+    *values, norm = torch.stack([t.to(losses[0].dtype) for t in (*losses, *means, norm)]).tolist()
+    return values[: len(losses)], norm, dict(zip(sums, values[len(losses) :], strict=True))
 
 
 def _not_finite(step: int, losses: list[float], norm: float, items: list[list[int]], folder: Path) -> str:

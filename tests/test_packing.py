@@ -68,7 +68,7 @@ def test_collate():
     assert batch.labels.tolist() == [[-100, *a.labels[1:], -100, b.labels[1]], [-100, -100, *c.labels[2:], -100]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1], [0, 1, 2, 3, 0]]
     assert batch.segment_ids.tolist() == [[0, 0, 0, 1, 1], [0, 0, 0, 0, -1]]
-    assert (batch.num_tokens, batch.num_labels) == (9, a.num_labels + b.num_labels + c.num_labels)
+    assert (batch.num_tokens, batch.normalizer) == (9, a.num_labels + b.num_labels + c.num_labels)
     assert collate([[a], [c]]).segment_ids is None
     assert batch.to("meta").labels.device.type == "meta"
 

@@ -64,7 +64,7 @@ def test_the_head_sees_labelled_positions_alone(monkeypatch):
         sft_module, "linear_logprobs", lambda hidden, *rest: rows.append(len(hidden)) or real(hidden, *rest)
     )
     loss_sum(random_model(), batch)
-    assert rows == [batch.num_labels] == [sum(e.num_labels for e in some)]
+    assert rows == [batch.normalizer] == [sum(e.num_labels for e in some)]
 
 
 def test_a_head_with_an_adapter_is_trained_through(monkeypatch):
