@@ -7,6 +7,8 @@ from .nf4 import dequantize_fp4, dequantize_nf4, quantize_fp4, quantize_nf4
 from .preference_loss import dpo_loss, preference_loss
 from .quantized_linear import quantized_linear
 from .quantized_weight import QuantizedWeight, quantize_weight
+from .rms_norm import rms_norm
+from .swiglu import swiglu
 
 __all__ = [
     "AdapterSegments",
@@ -27,5 +29,7 @@ __all__ = [
     "quantize_nf4",
     "quantize_weight",
     "quantized_linear",
+    "rms_norm",
     "segment_rows",
+    "swiglu",
 ]

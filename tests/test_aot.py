@@ -18,7 +18,7 @@ import pytest
 pytestmark = pytest.mark.aot
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 # kernels that read or write long rows: they must move 128 bits at a time, where the processor can
-STREAMING = ("quantize_nf4_", "quantize_fp4_", "dequantize_", "quantized_linear_")
+STREAMING = ("quantize_nf4_", "quantize_fp4_", "dequantize_", "quantized_linear_", "rms_norm_", "swiglu_")
 
 
 def _chosen(target: str) -> list:

@@ -10,11 +10,15 @@ if find_spec("._native", __package__) is not None:
     from . import native_lora as lora_engine
     from .native import multi_lora_add
     from .native_logits import logit_rows
+    from .native_rms_norm import rms_norm, rms_norm_backward
+    from .native_swiglu import swiglu, swiglu_backward
 else:
     from . import pytorch as engine  # type: ignore[no-redef]
     from . import pytorch_lora as lora_engine  # type: ignore[no-redef]
     from .pytorch_logits import logit_rows
     from .pytorch_multi_lora import multi_lora_add
+    from .pytorch_rms_norm import rms_norm, rms_norm_backward
+    from .pytorch_swiglu import swiglu, swiglu_backward
 
 quantize_4bit = engine.quantize_4bit
 dequantize_4bit = engine.dequantize_4bit
@@ -43,6 +47,10 @@ __all__ = [
     "lora_linear_group_backward",
     "multi_lora_add",
     "quantize_4bit",
+    "rms_norm",
+    "rms_norm_backward",
+    "swiglu",
+    "swiglu_backward",
 ]
 
 

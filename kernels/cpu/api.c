@@ -197,3 +197,87 @@ int logit_rows(void *logits, int dtype, int64_t N, int64_t V, int64_t stride, co
     run_parallel(logit_task, &j, threads);
     return 0;
 }
+
+typedef struct {
+    const char *x, *dy;
+    char *y; /* or dx */
+    const float *w;
+    float *rstd, *dw, eps;
+    int dtype;
+    int64_t N, D, stride, dy_stride, rows; /* rows of a part that sums its own dw */
+} norm_job;
+
+static void norm_task(void *context, int64_t thread, int64_t threads) {
+    const norm_job *j = context;
+    const int64_t size = j->dtype == FLOAT32 ? 4 : 2, last = part_start(j->N, 1, thread + 1, threads);
+    for (int64_t i = part_start(j->N, 1, thread, threads); i < last; i++)
+        engine->rms_norm_row(j->x + i * j->stride * size, j->dtype, j->w, j->D, j->eps, j->y + i * j->D * size, j->rstd + i);
+}
+
+static void norm_backward_task(void *context, int64_t thread, int64_t threads) {
+    const norm_job *j = context;
+    const int64_t size = j->dtype == FLOAT32 ? 4 : 2, last = part_start(j->N, j->rows, thread + 1, threads);
+    for (int64_t i = part_start(j->N, j->rows, thread, threads); i < last; i++) {
+        float *dw = j->dw ? j->dw + i / j->rows * j->D : NULL;
+        if (dw && i % j->rows == 0) memset(dw, 0, j->D * sizeof(float));
+        engine->rms_norm_row_backward(j->x + i * j->stride * size, j->dy + i * j->dy_stride * size, j->dtype, j->w, j->D, j->rstd[i],
+                                      j->y + i * j->D * size, dw);
+    }
+}
+
+/* The weight as rows need it: float32, zeros up to a multiple of 64. NULL when out of memory. */
+static const float *wide_weight(const void *w, int dtype, int64_t D) {
+    const int64_t padded = ceil_div(D, 64) * 64;
+    float *out = scratch(0, padded * sizeof(float));
+    if (!out) return NULL;
+    engine->widen(w, dtype, D, out);
+    memset(out + D, 0, (padded - D) * sizeof(float));
+    return out;
+}
+
+/* Rows of x are `stride` elements apart; y is contiguous. */
+int rms_norm(const void *x, int dtype, int64_t N, int64_t D, int64_t stride, const void *w, int w_dtype, float eps, void *y, float *rstd,
+             int64_t threads) {
+    norm_job j = {.x = x, .y = y, .w = wide_weight(w, w_dtype, D), .rstd = rstd, .eps = eps, .dtype = dtype, .N = N, .D = D, .stride = stride};
+    if (!j.w) return -1;
+    run_parallel(norm_task, &j, threads);
+    return 0;
+}
+
+/* dw (ceil(N / rows), D), or NULL: each part of `rows` rows has its own sums, so that they do not depend on the threads. */
+int rms_norm_backward(const void *x, int dtype, int64_t N, int64_t D, int64_t stride, const void *dy, int64_t dy_stride, const void *w,
+                      int w_dtype, float *rstd, void *dx, float *dw, int64_t rows, int64_t threads) {
+    norm_job j = {x, dy, dx, wide_weight(w, w_dtype, D), rstd, dw, 0, dtype, N, D, stride, dy_stride, rows};
+    if (!j.w) return -1;
+    run_parallel(norm_backward_task, &j, threads);
+    return 0;
+}
+
+typedef struct {
+    const char *gate, *up, *dy; /* dy NULL: forward */
+    char *out, *dup;
+    int dtype;
+    int64_t N, D, gate_stride, up_stride, dy_stride;
+} swiglu_job;
+
+static void swiglu_task(void *context, int64_t thread, int64_t threads) {
+    const swiglu_job *j = context;
+    const int64_t size = j->dtype == FLOAT32 ? 4 : 2, runs = ceil_div(j->D, SWIGLU_RUN);
+    const int64_t last = part_start(j->N * runs, 1, thread + 1, threads);
+    for (int64_t i = part_start(j->N * runs, 1, thread, threads); i < last; i++) {
+        const int64_t row = i / runs, start = i % runs * SWIGLU_RUN, n = j->D - start < SWIGLU_RUN ? j->D - start : SWIGLU_RUN;
+        const char *gate = j->gate + (row * j->gate_stride + start) * size, *up = j->up + (row * j->up_stride + start) * size;
+        const int64_t out = (row * j->D + start) * size;
+        if (!j->dy) engine->swiglu_run(gate, up, j->dtype, n, j->out + out);
+        else
+            engine->swiglu_run_backward(gate, up, j->dy + (row * j->dy_stride + start) * size, j->dtype, n, j->out + out, j->dup + out);
+    }
+}
+
+/* Rows of gate, up and dy are their strides apart; `out` is y where dy is NULL, else dgate, and dup beside it; both contiguous. */
+int swiglu(const void *gate, const void *up, const void *dy, int dtype, int64_t N, int64_t D, int64_t gate_stride, int64_t up_stride,
+           int64_t dy_stride, void *out, void *dup, int64_t threads) {
+    swiglu_job j = {gate, up, dy, out, dup, dtype, N, D, gate_stride, up_stride, dy_stride};
+    run_parallel(swiglu_task, &j, threads);
+    return 0;
+}

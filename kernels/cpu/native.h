@@ -59,7 +59,15 @@ typedef struct {
                   float *acc, int64_t ldacc);
     /* One row of V logits: log p of the label and (unless NULL) the entropy; with `gradient` the row becomes onehot - softmax. */
     void (*logit_row)(void *z, int dtype, int64_t V, int64_t label, int gradient, float *logprob, float *entropy);
+    /* One row of D elements, w padded with zeros to a multiple of 64; the gradients dx and, unless NULL, dw, which is added to. */
+    void (*rms_norm_row)(const void *x, int dtype, const float *w, int64_t D, float eps, void *y, float *rstd);
+    void (*rms_norm_row_backward)(const void *x, const void *dy, int dtype, const float *w, int64_t D, float rstd, void *dx, float *dw);
+    /* n <= SWIGLU_RUN elements. */
+    void (*swiglu_run)(const void *gate, const void *up, int dtype, int64_t n, void *y);
+    void (*swiglu_run_backward)(const void *gate, const void *up, const void *dy, int dtype, int64_t n, void *dgate, void *dup);
 } isa;
+
+enum { SWIGLU_RUN = 512 };
 
 extern const isa isa_portable, isa_avx2, isa_avx512, isa_neon;
 

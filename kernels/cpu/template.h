@@ -213,6 +213,8 @@ static void axpys(const float *w, int64_t stride, int64_t rows, const float *dy,
 }
 
 #include "logit_rows.h"
+#include "rms_norm.h"
+#include "swiglu.h"
 
 #define JOIN_(a, b) a##b
 #define JOIN(a, b) JOIN_(a, b)
@@ -221,4 +223,5 @@ static void axpys(const float *w, int64_t stride, int64_t rows, const float *dy,
 
 const isa JOIN(isa_, ISA) = {
     STRING(ISA), quantize, decode_absmax, dequantize, dequantize_wide, double_quantize, widen, narrow, dots, axpys, logit_row,
+    rms_norm_row, rms_norm_row_backward, swiglu_run, swiglu_run_backward,
 };
