@@ -123,6 +123,64 @@ def test_left_padding_in_the_cache_equals_each_row_alone():
             assert_as_accurate(both[i], alone[1:], exact[1:])
 
 
+PARENTS = [-1, 0, 0, 1, 1, 4, 2]  # of a tree's nodes; the root comes first
+
+
+def ancestors(node: int) -> list[int]:
+    return [] if node < 0 else [*ancestors(PARENTS[node]), node]
+
+
+@pytest.mark.parametrize("name", ["smollm2", "mistral_sliding", "qwen2_sliding"])
+def test_a_tree_in_one_pass_equals_each_of_its_paths(name):
+    """After a batch with padding and a hole; and so does what follows once a path of each row's is kept."""
+    model = random_model(name)
+    wide = copy.deepcopy(model).double()
+    rows, nodes, new = [torch.randint(0, 97, (n,)) for n in (11, 6)], torch.randint(0, 97, (2, 7)), torch.randint(0, 97, (2, 1))
+    paths = [ancestors(node) for node in range(7)]
+    tree_mask = torch.tensor([[column in path for column in range(7)] for path in paths])
+    depth = torch.tensor([len(path) - 1 for path in paths])
+    input_ids, mask = torch.zeros(2, 11, dtype=torch.int64), torch.ones(2, 11, dtype=torch.bool)
+    input_ids[0], input_ids[1, 5:], mask[1, :5] = rows[0], rows[1], False
+    with torch.no_grad():
+        cache = KVCache(model.config, 2, 4, torch.float32)
+        model(input_ids[:, :9], attention_mask=mask[:, :9], cache=cache)
+        model(input_ids[:, 9:], cache=cache)
+        cache.keep(9, torch.tensor([[0, 1], [0, -1]]))
+        model(input_ids[:, -1:], attention_mask=torch.tensor([[False], [True]]), cache=cache)  # a hole in either row
+        positions = torch.tensor([[11], [6]]) + depth
+        hidden = model.hidden(nodes, position_ids=positions, cache=cache, tree_mask=tree_mask)
+        each = model.hidden(nodes[:1], position_ids=depth[None], tree_mask=tree_mask.expand(1, 7, 7))
+        outputs, sequences = [*hidden.flatten(0, 1), *each[0]], []
+        sequences += [torch.cat((row, nodes[i, path])) for i, row in enumerate(rows) for path in paths]
+        sequences += [nodes[0, path] for path in paths]
+        kept = [paths[5], paths[2]]  # four nodes and two
+        cache.keep(12, torch.tensor([path + [-1] * (4 - len(path)) for path in kept]))
+        for compacted in (False, True):
+            if compacted:
+                cache.compact()
+                assert cache.length == 15 and not cache.valid[1, :7].any() and cache.valid[1, 7:15].all()
+            length = cache.length
+            after = model.hidden(new, cache=cache)
+            outputs += after[:, 0]
+            sequences += [torch.cat((row, nodes[i, path], new[i])) for i, (row, path) in enumerate(zip(rows, kept, strict=True))]
+            cache.length = length
+        alone, exact = (torch.stack([each.hidden(row[None])[0, -1] for row in sequences]) for each in (model, wide))
+        assert_as_accurate(torch.stack(outputs), alone, exact)
+
+
+def test_states_are_what_enters_the_layers():
+    model = random_model()
+    input_ids = torch.randint(0, 97, (2, 5))
+    states: dict[int, torch.Tensor | None] = {0: None, 2: None}
+    with torch.no_grad():
+        hidden = model.hidden(input_ids, states=states)
+        assert torch.equal(states[0], model.model.embed_tokens(input_ids)) and states.keys() == {0, 2}
+        rope = model._rope.at(0, 5, hidden.device, hidden.dtype)
+        assert torch.equal(model.model.norm(model.model.layers[2](states[2], rope, None, None)), hidden)
+    with pytest.raises(ValueError, match="goes with position_ids"):
+        model.hidden(input_ids, tree_mask=torch.ones(5, 5, dtype=torch.bool))
+
+
 @pytest.mark.parametrize("name", ["smollm2", "qwen3"])
 def test_activation_checkpointing_changes_no_gradient(name):
     model = random_model(name).train()

@@ -40,6 +40,27 @@ def test_appending_and_going_back(steps):
     assert cache.length == len(expected) <= cache.capacity
 
 
+@given(st.lists(st.tuples(st.lists(st.integers(0, 3), unique=True), st.lists(st.integers(0, 3), unique=True), st.booleans())))
+def test_keeping_some_of_the_last(steps):
+    """Against Python lists: of four new tokens each row keeps some, in some order; now and then the holes are closed."""
+    cache, expected, number = KVCache(CONFIG, 2, 1, torch.float32), [[], []], 0
+    for *kept, compact in steps:
+        start = cache.length
+        write(cache, number, 4)
+        longest = max(map(len, kept))
+        cache.keep(start, torch.tensor([row + [-1] * (longest - len(row)) for row in kept], dtype=torch.int64))
+        for row, indices in zip(expected, kept, strict=True):
+            row += [number + i for i in indices]
+        number += 4
+        if compact:
+            cache.compact()
+            assert cache.length == max(map(len, expected))
+        keys, values = cache._keys[2][:, 1, : cache.length, 3], cache._values[2][:, 0, : cache.length, 3]
+        for i, row in enumerate(expected):
+            valid = slice(None) if cache.valid is None else cache.valid[i, : cache.length]
+            assert keys[i][valid].tolist() == row and (values[i][valid] == -keys[i][valid]).all()
+
+
 def test_growth_doubles_and_keeps():
     cache = KVCache(CONFIG, 1, 4, torch.bfloat16)
     assert cache.nbytes == 3 * 2 * 2 * 4 * 16 * 2

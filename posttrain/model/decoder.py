@@ -172,6 +172,7 @@ class CausalLM(nn.Module):
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self._windowed = any(window is not None for window in config.windows)
         self._rope = RotaryTable(config.rope, config.head_dim, config.max_position_embeddings)
         self._initialize()
 
@@ -198,6 +199,8 @@ class CausalLM(nn.Module):
         segment_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         cache: KVCache | None = None,
+        tree_mask: Tensor | None = None,
+        states: dict[int, Tensor] | None = None,
     ) -> Tensor:
         """Hidden states (B, T, D) after the final norm, for input_ids int64 (B, T).
 
@@ -207,8 +210,13 @@ class CausalLM(nn.Module):
         cache.
         attention_mask bool (B, T): False on left padding of these T tokens; the cache remembers it.
         cache: its tokens are seen by these, which are appended to it.
+        tree_mask bool (T, T) or (B, T, T): which of these tokens each sees (itself among them), where they are no sequence but
+        a tree of continuations; all see the cache. position_ids are then needed: a token's depth, after the cache's last.
+        states: a dictionary whose keys are layers' numbers; it is given the hidden states (B, T, D) that enter them.
         """
         B, T = input_ids.shape
+        if tree_mask is not None and (position_ids is None or segment_ids is not None):
+            raise ValueError("a tree_mask goes with position_ids, and not with segment_ids")
         seen = self._seen(B, T, segment_ids, attention_mask, cache)
         past = 0 if seen is None else seen.filled
         valid = attention_mask
@@ -225,9 +233,11 @@ class CausalLM(nn.Module):
             rope = self._rope.at(past, T, x.device, x.dtype)
         else:
             rope = self._rope.gather(position_ids, x.dtype)
-        places = self._places(past, position_ids, valid, segment_ids) if seen is not None and seen.virtual_tokens else None
-        masks = self._masks(past, T, valid, segment_ids, x, places)
-        for layer, window in zip(self.model.layers, self.config.windows, strict=True):
+        places = self._places(past, position_ids, valid, segment_ids, tree_mask) if self._windowed else None
+        masks = self._masks(past, T, valid, segment_ids, x, places, tree_mask)
+        for i, (layer, window) in enumerate(zip(self.model.layers, self.config.windows, strict=True)):
+            if states is not None and i in states:
+                states[i] = x
             if self.activation_checkpointing and cache is None and torch.is_grad_enabled():
                 x = checkpoint(layer, x, rope, masks[window], seen, use_reentrant=False)
             else:
@@ -265,13 +275,16 @@ class CausalLM(nn.Module):
         return cache
 
     @staticmethod
-    def _places(past: int, position_ids: Tensor | None, valid: Tensor | None, segment_ids: Tensor | None) -> Tensor | None:
-        """Positions (B, S) where these are not the columns: padding or other segments lie after the virtual tokens."""
-        if valid is not None:
+    def _places(
+        past: int, position_ids: Tensor | None, valid: Tensor | None, segment_ids: Tensor | None, tree_mask: Tensor | None
+    ) -> Tensor | None:
+        """Positions (B, S) where these are not the columns: holes, other segments or a tree's branches lie between."""
+        if tree_mask is None and valid is not None:
             return valid.cumsum(1) - 1
-        if segment_ids is None or position_ids is None:
+        if (tree_mask is None and (segment_ids is None or past == 0)) or position_ids is None:
             return None
-        return torch.cat((torch.arange(past, device=position_ids.device).expand(len(position_ids), past), position_ids), 1)
+        before = torch.arange(past, device=position_ids.device) if valid is None else valid[:, :past].cumsum(1) - 1
+        return torch.cat((before.expand(len(position_ids), past), position_ids), 1)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits (..., V) of hidden states (..., D)."""
@@ -291,19 +304,29 @@ class CausalLM(nn.Module):
         return self.head(self.hidden(input_ids, position_ids, segment_ids, attention_mask, cache))
 
     def _masks(
-        self, past: int, T: int, valid: Tensor | None, segment_ids: Tensor | None, x: Tensor, places: Tensor | None = None
+        self,
+        past: int,
+        T: int,
+        valid: Tensor | None,
+        segment_ids: Tensor | None,
+        x: Tensor,
+        places: Tensor | None = None,
+        tree_mask: Tensor | None = None,
     ) -> dict[int | None, Tensor | None]:
         """For each window in use, what is added to the scores (B or 1, 1, T, S); None: plain causal attention."""
         masks: dict[int | None, Tensor | None] = {}
         S = past + T
         for window in set(self.config.windows):
             whole = window is None or S <= window
-            if valid is None and segment_ids is None and (T == 1 or (past == 0 and whole)):
+            if valid is None and segment_ids is None and tree_mask is None and (T == 1 or (past == 0 and whole)):
                 masks[window] = None
                 continue
             rows = torch.arange(past, S, device=x.device)[:, None]
             columns = torch.arange(S, device=x.device)
-            allowed = (columns <= rows)[None]
+            if tree_mask is None:
+                allowed = (columns <= rows)[None]
+            else:
+                allowed = F.pad(tree_mask if tree_mask.dim() == 3 else tree_mask[None], (past, 0), value=True)
             if not whole:
                 last = rows if places is None else places[:, past:, None]
                 allowed = allowed & ((columns if places is None else places[:, None, :]) > last - window)  # type: ignore[operator]

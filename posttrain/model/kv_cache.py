@@ -49,7 +49,7 @@ class KVCache:
 
     The first `virtual_tokens` of these are an adapter's, the other `length` are the row's tokens. `length` may be
     lowered at any time (constant time: the positions past it are overwritten by the next tokens).
-    `valid` bool (B, capacity) marks the positions that are tokens rather than left padding; None while every one is.
+    `valid` bool (B, capacity) marks the positions that are tokens rather than padding or holes; None while every one is.
     """
 
     def __init__(
@@ -144,6 +144,35 @@ class KVCache:
 
     def advance(self, count: int) -> None:
         self.filled += count
+
+    def keep(self, start: int, indices: Tensor) -> None:
+        """Of the tokens from the start-th on, keep those at `indices` int64 (B, n), counted from there, in that order.
+
+        -1 where a row keeps fewer than others: a hole, which is no token. Nothing is copied where the kept ones lie right
+        already, as a draft's accepted tokens do; a tree's accepted path moves to the front.
+        """
+        n, start = indices.shape[1], self.virtual_tokens + start
+        kept = indices >= 0
+        moved = (kept & (indices != torch.arange(n, device=indices.device))).any(1)
+        for row in moved.nonzero()[:, 0].tolist():
+            data = self._data[:, :, row]
+            data[:, :, :, start : start + n] = data.index_select(3, start + indices[row].clamp(min=0))
+        whole = bool(kept.all())
+        if self.valid is None and not whole:
+            self.valid = torch.ones(self.batch_size, self.capacity, dtype=torch.bool, device=self._data.device)
+        if self.valid is not None:
+            self.valid[:, start : start + n] = kept
+        self.filled = start + n
+
+    def compact(self) -> None:
+        """Close the holes that every row could do without: the tokens of each move together, to the right."""
+        if self.valid is None:
+            return
+        valid = self.valid[:, self.virtual_tokens : self.filled]
+        longest = int(valid.sum(1).max())
+        if longest < valid.shape[1]:
+            order = valid.to(torch.int8).argsort(dim=1, stable=True)[:, -longest:]
+            self.keep(0, order.masked_fill(~valid.gather(1, order), -1))
 
     def select(self, rows: Tensor) -> None:
         """Keep these rows of the batch, in this order (int64 indices; a row may be repeated)."""
