@@ -40,13 +40,13 @@ class Example:
         return sum(label != IGNORE_INDEX for label in self.labels[1:])
 
 
-def read_jsonl(path: str | os.PathLike) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_jsonl(path: str | os.PathLike, kinds: str = KINDS) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, object) of every line that is not blank. PosttrainError names the line that is not a JSON object
-    in UTF-8."""
+    in UTF-8; `kinds` says in it which columns are expected."""
     path = Path(path)
     if not path.is_file():
         problem = "is a folder" if path.is_dir() else "does not exist"
-        raise PosttrainError(f"{path} {problem}; expected a JSON Lines file with {KINDS} on every line")
+        raise PosttrainError(f"{path} {problem}; expected a JSON Lines file with {kinds} on every line")
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -60,7 +60,7 @@ def read_jsonl(path: str | os.PathLike) -> Iterator[tuple[int, dict[str, Any]]]:
             except json.JSONDecodeError as error:
                 raise PosttrainError(f"{path}:{number}: not JSON: {error}; expected one object a line") from error
             if not isinstance(row, dict):
-                raise PosttrainError(f"{path}:{number}: a JSON {type(row).__name__}; expected an object with {KINDS}")
+                raise PosttrainError(f"{path}:{number}: a JSON {type(row).__name__}; expected an object with {kinds}")
             yield number, row
 
 
@@ -87,28 +87,34 @@ def encode(row: dict[str, Any], tokenizer: Any) -> Example:
         raise ValueError(f"the columns are {', '.join(row) or 'none'}; expected {KINDS}")
     variables = {"tools": row["tools"]} if row.get("tools") else {}
     if kinds == ["text"]:
-        ids = tokenizer.encode(_text(row, "text"), add_special_tokens=True) + _end(tokenizer)
+        ids = tokenizer.encode(text_in(row, "text"), add_special_tokens=True) + _end(tokenizer)
         example = Example(ids, list(ids))
     elif kinds == ["messages"]:
-        ids, said = tokenizer.chat_with_mask(_messages(row, "messages"), **variables)
+        ids, said = tokenizer.chat_with_mask(messages_in(row, "messages"), **variables)
         example = Example(ids, [i if mine else IGNORE_INDEX for i, mine in zip(ids, said, strict=True)])
-    elif isinstance(row.get("prompt"), list):
-        prompt, completion = _messages(row, "prompt"), _messages(row, "completion")
-        before = tokenizer.chat_text(prompt, add_generation_prompt=True, **variables)
-        whole = tokenizer.chat_text(prompt + completion, add_generation_prompt=False, **variables)
-        if not whole.startswith(before):
-            raise ValueError(
-                "the chat template writes the prompt differently once the completion follows, so where the completion "
-                'begins cannot be told; use "messages", or plain text'
-            )
-        example = _join(tokenizer, before, whole[len(before) :], special=False)
     else:
-        example = _join(tokenizer, _text(row, "prompt"), _text(row, "completion"), special=True)
+        example = encode_completion(row, "completion", tokenizer)
     if not example.num_labels:
         raise ValueError(
             "nothing to learn: no token of this row has a label (an assistant message or a completion is needed)"
         )
     return example
+
+
+def encode_completion(row: dict[str, Any], column: str, tokenizer: Any) -> Example:
+    """The columns "prompt" and `column`, both text or both messages, with labels on the second. ValueError as `encode`."""
+    if not isinstance(row.get("prompt"), list):
+        return _join(tokenizer, text_in(row, "prompt"), text_in(row, column), special=True)
+    variables = {"tools": row["tools"]} if row.get("tools") else {}
+    prompt, completion = messages_in(row, "prompt"), messages_in(row, column)
+    before = tokenizer.chat_text(prompt, add_generation_prompt=True, **variables)
+    whole = tokenizer.chat_text(prompt + completion, add_generation_prompt=False, **variables)
+    if not whole.startswith(before):
+        raise ValueError(
+            "the chat template writes the prompt differently once the completion follows, so where the completion "
+            'begins cannot be told; use "messages", or plain text'
+        )
+    return _join(tokenizer, before, whole[len(before) :], special=False)
 
 
 def _join(tokenizer, prompt: str, completion: str, special: bool) -> Example:
@@ -127,7 +133,8 @@ def _end(tokenizer) -> list[int]:
     return [] if tokenizer.eos_id is None else [tokenizer.eos_id]
 
 
-def _text(row: dict[str, Any], column: str) -> str:
+def text_in(row: dict[str, Any], column: str) -> str:
+    """Text that is not empty, of a row's column. ValueError where there is none."""
     value = row.get(column)
     if not isinstance(value, str):
         found = "is missing" if column not in row else f"is a {type(value).__name__}"
@@ -137,7 +144,8 @@ def _text(row: dict[str, Any], column: str) -> str:
     return value
 
 
-def _messages(row: dict[str, Any], column: str) -> list[dict[str, Any]]:
+def messages_in(row: dict[str, Any], column: str) -> list[dict[str, Any]]:
+    """The messages of a row's column, at least one. ValueError where it holds something else."""
     value = row.get(column)
     if not isinstance(value, list) or not value:
         found = "is missing" if column not in row else "is empty" if value == [] else f"is a {type(value).__name__}"

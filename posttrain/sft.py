@@ -10,49 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
 
 from .adapters import active_adapter, adapter_configs, attach, base_fingerprint, save_adapter
-from .data import IGNORE_INDEX, Example, max_tokens
+from .data import Example, max_tokens
 from .errors import PosttrainError
-from .kernels import QuantizedWeight, linear_logprobs
 from .model.decoder import CausalLM
 from .model.loading import save
 from .packing import Batch, collate, pack
 from .quantized import QuantizedLinear
+from .token_logprobs import completion_logprobs
 from .trainer import TrainConfig, TrainResult, train
-
-# Logits at once through a head that is more than a weight.
-CHUNK = 256
-
-
-def plain_head(model: CausalLM) -> tuple[Tensor | QuantizedWeight, Tensor | None] | None:
-    """The head's weight (V, D), dense or in 4 bits, and bias (V,), where these are all it is: no adapter."""
-    if model.config.tie_word_embeddings:
-        return model.model.embed_tokens.weight, None
-    head = model.lm_head
-    return (head.weight, head.bias) if type(head) in (nn.Linear, QuantizedLinear) else None
 
 
 def loss_sum(model: CausalLM, batch: Batch) -> Tensor:
     """Sum of the next-token losses over the batch's labelled tokens (): the head sees those positions alone."""
-    packed = batch.segment_ids is not None
-    hidden = model.hidden(batch.input_ids, batch.position_ids if packed else None, batch.segment_ids)
-    labels = batch.labels[:, 1:]
-    learned = labels != IGNORE_INDEX
-    hidden, labels = hidden[:, :-1][learned], labels[learned]
-    head = plain_head(model)
-    if head is not None:
-        return -linear_logprobs(hidden, head[0], labels, head[1]).sum()
-    # Chunks through whatever the head is; logits are computed again in the backward pass rather than kept.
-    parts = zip(hidden.split(CHUNK), labels.split(CHUNK), strict=True)
-    return torch.stack([checkpoint(_head_loss, model, h, y, use_reentrant=False) for h, y in parts]).sum()
-
-
-def _head_loss(model: CausalLM, hidden: Tensor, labels: Tensor) -> Tensor:
-    return cross_entropy(model.head(hidden).float(), labels, reduction="sum")
+    return -completion_logprobs(model, batch).sum()
 
 
 def digest(examples: Sequence[Example]) -> str:

@@ -16,7 +16,7 @@ from model_cases import random_model
 from small_run import STEPS, examples, settings, small_run
 from tolerance import assert_as_accurate
 
-from posttrain import sft as sft_module
+from posttrain import token_logprobs
 from posttrain.adapters import LoraConfig, adapter_parameters, attach, load_adapter
 from posttrain.data import Example
 from posttrain.errors import PosttrainError
@@ -59,9 +59,9 @@ def test_loss_and_gradient_are_those_of_whole_logits(name, packed):
 def test_the_head_sees_labelled_positions_alone(monkeypatch):
     some = examples(3)
     batch, rows = collate([[e] for e in some]), []
-    real = sft_module.linear_logprobs
+    real = token_logprobs.linear_logprobs
     monkeypatch.setattr(
-        sft_module, "linear_logprobs", lambda hidden, *rest: rows.append(len(hidden)) or real(hidden, *rest)
+        token_logprobs, "linear_logprobs", lambda hidden, *rest: rows.append(len(hidden)) or real(hidden, *rest)
     )
     loss_sum(random_model(), batch)
     assert rows == [batch.normalizer] == [sum(e.num_labels for e in some)]
@@ -69,7 +69,7 @@ def test_the_head_sees_labelled_positions_alone(monkeypatch):
 
 def test_a_head_with_an_adapter_is_trained_through(monkeypatch):
     """The other way to the loss, chunk by chunk through the head, gives what whole logits give."""
-    monkeypatch.setattr(sft_module, "CHUNK", 7)
+    monkeypatch.setattr(token_logprobs, "CHUNK", 7)
     some = examples(5)
     assert_same_loss("llama2", ["lm_head", "q_proj"], collate([[e] for e in some]), some)
 

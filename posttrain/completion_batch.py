@@ -1,0 +1,67 @@
+"""Completions in packed rows: what preference losses and policies need of each is the log-probabilities of its own tokens.
+
+Each prompt with its completion is one segment (posttrain/packing.py): several share a row where they fit beside the longest,
+none sees another, and the sums are those of each on its own. Beside the rows stands which completion each labelled token is of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .data import IGNORE_INDEX, Example
+from .packing import best_fit_decreasing, collate
+
+Sequences = Sequence[tuple[list[int], list[int]]]  # (prompt, completion) in token ids
+
+
+@dataclass(frozen=True)
+class CompletionBatch:
+    """input_ids, labels, position_ids, segment_ids (B, T) as posttrain.packing.Batch has them, of S completions.
+
+    owner, place int64 (N,): of each labelled token, row by row, its completion and its place there. lengths int64 (S,): tokens
+    of each completion. normalizer: what the sum of the losses is divided by.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    position_ids: Tensor
+    segment_ids: Tensor | None
+    owner: Tensor
+    place: Tensor
+    lengths: Tensor
+    num_tokens: int
+    normalizer: int
+
+    def to(self, device: torch.device | str) -> CompletionBatch:
+        """The batch with its tensors on `device`."""
+        tensors: dict = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **tensors)
+
+    def padded(self, values: Tensor) -> Tensor:
+        """One value a labelled token (N,) as (S, longest completion), zeros after each one's last."""
+        rows = values.new_zeros(len(self.lengths), int(self.lengths.max()))
+        return rows.index_put((self.owner, self.place), values)
+
+    def sums(self, values: Tensor) -> Tensor:
+        """One value a labelled token (N,), summed over each completion (S,), in an order that does not change."""
+        return self.padded(values).sum(1)
+
+
+def collate_completions(sequences: Sequences, normalizer: int | None = None, pad_id: int = 0) -> CompletionBatch:
+    """A batch of at least one (prompt, completion), neither of them empty."""
+    lengths = [len(prompt) + len(completion) for prompt, completion in sequences]
+    if not all(prompt and completion for prompt, completion in sequences):
+        raise ValueError("a prompt or a completion has no token; expected at least one in each")
+    rows = best_fit_decreasing(lengths, max(lengths))
+    examples = [Example(prompt + completion, [IGNORE_INDEX] * len(prompt) + completion) for prompt, completion in sequences]
+    batch = collate([[examples[i] for i in row] for row in rows], pad_id)
+    order = [i for row in rows for i in row]
+    tokens = torch.tensor([len(completion) for _, completion in sequences])
+    owner = torch.tensor(order).repeat_interleave(tokens[order])
+    place = torch.cat([torch.arange(len(sequences[i][1])) for i in order])
+    fields = batch.input_ids, batch.labels, batch.position_ids, batch.segment_ids
+    return CompletionBatch(*fields, owner, place, tokens, batch.num_tokens, normalizer or len(sequences))

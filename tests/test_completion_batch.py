@@ -1,0 +1,97 @@
+"""Completions in packed rows, and the log-probabilities of their tokens: those of each sequence on its own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from model_cases import random_model
+from tolerance import assert_as_accurate
+
+from posttrain import token_logprobs
+from posttrain.adapters import LoraConfig, attach
+from posttrain.completion_batch import collate_completions
+from posttrain.quantized import quantize_model
+from posttrain.token_logprobs import collision_logprobs, completion_logprobs, labelled_hidden
+
+
+def sequences(count=7, seed=3):
+    generator = torch.Generator().manual_seed(seed)
+
+    def ids(most):
+        return torch.randint(3, 97, (int(torch.randint(1, most, (), generator=generator)),), generator=generator).tolist()
+
+    return [(ids(6), ids(14)) for _ in range(count)]
+
+
+def alone(model, prompt, completion):
+    """(log-probabilities, entropies, log sum p^2) of one completion's tokens, through whole logits."""
+    logits = model(torch.tensor([prompt + completion]))[0, len(prompt) - 1 : -1].double()
+    whole = logits.log_softmax(-1)
+    picked = whole.gather(1, torch.tensor(completion)[:, None])[:, 0]
+    return picked, -(whole.exp() * whole).sum(1), (2 * whole).logsumexp(1)
+
+
+def test_rows_hold_every_sequence_and_little_padding():
+    some = sequences(9)
+    batch = collate_completions(some)
+    longest = max(len(p) + len(c) for p, c in some)
+    assert batch.input_ids.shape[1] == longest and batch.input_ids.shape[0] < len(some)
+    assert batch.num_tokens == sum(len(p) + len(c) for p, c in some) and batch.normalizer == len(some)
+    assert batch.lengths.tolist() == [len(c) for _, c in some]
+    labels = batch.labels[:, 1:]
+    ids = batch.padded(labels[labels != -100].double())
+    for row, (_, completion) in zip(ids, some, strict=True):
+        assert row[: len(completion)].tolist() == completion and not row[len(completion) :].any()
+
+
+@pytest.mark.parametrize("name", ["smollm2", "llama2", "mistral_sliding"])
+def test_sums_are_those_of_each_sequence_on_its_own(name):
+    some, results = sequences(), {}
+    for dtype in (torch.float64, torch.float32):
+        torch.manual_seed(0)
+        model = random_model(name, dtype)
+        batch = collate_completions(some)
+        with torch.no_grad():
+            logps, entropy = completion_logprobs(model, batch, return_entropy=True)
+            collisions = collision_logprobs(model, labelled_hidden(model, batch)[0])
+            ours = torch.stack([batch.sums(t) for t in (logps, entropy, collisions)])
+            plain = torch.stack([torch.stack([t.sum() for t in alone(model, *one)]) for one in some], 1)
+        results[dtype] = ours, plain
+    assert_as_accurate(results[torch.float32][0], results[torch.float32][1].float(), results[torch.float64][1])
+
+
+def test_a_batch_of_equal_lengths_needs_no_segments():
+    batch = collate_completions([([5, 6], [7, 8, 9])] * 4)
+    assert batch.segment_ids is None and batch.input_ids.shape == (4, 5)
+
+
+def test_a_head_that_is_more_than_a_weight(monkeypatch):
+    """Chunk by chunk through an adapted head: the same as through its merged weight, gradient included."""
+    monkeypatch.setattr(token_logprobs, "CHUNK", 7)
+    batch, found = collate_completions(sequences()), {}
+    for adapted in (True, False):
+        torch.manual_seed(0)
+        model = random_model("llama2", torch.float64)
+        attach(model, LoraConfig(r=2, target_modules=["q_proj", *(["lm_head"] if adapted else [])]), dtype=torch.float64)
+        logps, entropy = completion_logprobs(model, batch, return_entropy=True)
+        logps.sum().backward()
+        layer = model.model.layers[0].self_attn.q_proj
+        gradient = next(p.grad for p in layer.parameters() if p.grad is not None and p.grad.any())
+        found[adapted] = logps.detach(), entropy, gradient
+    for one, other in zip(found[True], found[False], strict=True):
+        assert ((one - other).abs() <= 1024 * torch.finfo(torch.float32).eps * other.abs().max()).all()
+
+
+def test_a_quantized_head_and_an_entropy_without_gradient():
+    model = random_model("llama2")
+    quantize_model(model)
+    attach(model, LoraConfig(r=2))
+    logps, entropy = completion_logprobs(model, collate_completions(sequences()), return_entropy=True)
+    assert logps.requires_grad and not entropy.requires_grad and logps.dtype == torch.float32
+    assert (logps < 0).all() and (entropy > 0).all()
+
+
+def test_empty_sequences_are_refused():
+    for one in (([], [3]), ([3], [])):
+        with pytest.raises(ValueError, match="expected at least one in each"):
+            collate_completions([([3], [4]), one])
