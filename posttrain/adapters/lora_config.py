@@ -153,13 +153,17 @@ class LoraConfig:
             content["loftq_config"] = {}
             if self.init_lora_weights not in HARMLESS_INIT:
                 content["init_lora_weights"] = True
-        return {**content, "peft_type": "LORA", "task_type": "CAUSAL_LM", "fan_in_fan_out": False, "inference_mode": True}
+        task = "SEQ_CLS" if "score" in (self.modules_to_save or ()) else "CAUSAL_LM"  # a reward model (posttrain/reward.py)
+        return {**content, "peft_type": "LORA", "task_type": task, "fan_in_fan_out": False, "inference_mode": True}
 
     @classmethod
     def from_peft(cls, content: dict[str, Any], source: str | os.PathLike) -> LoraConfig:
         """What an adapter_config.json describes. PosttrainError where it asks for what is not supported."""
         init = content.get("init_lora_weights", True)
         loftq = content.get("loftq_config") or {}
+        if content.get("task_type") == "SEQ_CLS" and "classifier" in (content.get("modules_to_save") or ()):
+            # PEFT names the head both ways, and decoders have it as "score".
+            content = {**content, "modules_to_save": [name for name in content["modules_to_save"] if name != "classifier"]}
         ours = init == "loftq" and "quant_type" in loftq
         if init not in HARMLESS_INIT and not ours:
             raise PosttrainError(
