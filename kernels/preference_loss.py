@@ -137,7 +137,8 @@ def _backward(ctx, dlosses, *_):
 torch.library.register_autograd("posttrain::preference_loss", _backward, setup_context=_setup_context, lib=LIBRARY)
 
 
-def _check(loss_type: str, f_divergence: str, beta: float, label_smoothing: float, alpha: float) -> Loss:
+def check_options(loss_type: str, f_divergence: str, beta: float, label_smoothing: float, alpha: float) -> Loss:
+    """The loss of that name; ValueError for an unknown one, or for an option that it does not have."""
     if loss_type not in LOSSES:
         raise ValueError(f"loss_type is {loss_type!r}; expected one of {', '.join(LOSSES)}")
     if f_divergence not in DIVERGENCES:
@@ -199,7 +200,7 @@ def preference_loss(
     Raises ValueError for an unknown loss, shapes that differ, or an option that the loss does not have; TypeError for
     half-precision log-probabilities.
     """
-    definition = _check(loss_type, f_divergence, beta, label_smoothing, alpha)
+    definition = check_options(loss_type, f_divergence, beta, label_smoothing, alpha)
     lengths = chosen_lengths, rejected_lengths
     _check_tensors(
         {

@@ -23,7 +23,8 @@ class CompletionBatch:
     """input_ids, labels, position_ids, segment_ids (B, T) as posttrain.packing.Batch has them, of S completions.
 
     owner, place int64 (N,): of each labelled token, row by row, its completion and its place there. lengths int64 (S,): tokens
-    of each completion. normalizer: what the sum of the losses is divided by.
+    of each completion. normalizer: what the sum of the losses is divided by. ref_logps float32 (S,): the reference's sums, where
+    they were computed before.
     """
 
     input_ids: Tensor
@@ -35,6 +36,7 @@ class CompletionBatch:
     lengths: Tensor
     num_tokens: int
     normalizer: int
+    ref_logps: Tensor | None = None
 
     def to(self, device: torch.device | str) -> CompletionBatch:
         """The batch with its tensors on `device`."""

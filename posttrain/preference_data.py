@@ -140,19 +140,22 @@ def _encode(row: dict[str, Any], column: str, tokenizer: Any) -> tuple[list[int]
 def _with_prompt(row: dict[str, Any]) -> dict[str, Any]:
     """The row with the prompt that its completions begin with taken out of them."""
     if isinstance(row["chosen"], list):
-        chosen, rejected = messages_in(row, "chosen"), messages_in(row, "rejected")
-        length = sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(chosen, rejected, strict=False)))
-        if chosen != rejected and length in (0, len(chosen), len(rejected)):
-            problem = "begin with other messages" if not length else "differ only in that one goes on"
-            raise ValueError(f'"chosen" and "rejected" {problem}; give the column "prompt"')
-        length = min(length, len(chosen) - 1)
-        return {**row, "prompt": chosen[:length], "chosen": chosen[length:], "rejected": rejected[length:]}
+        return _with_shared_messages(row, messages_in(row, "chosen"), messages_in(row, "rejected"))
     chosen, rejected = text_in(row, "chosen"), text_in(row, "rejected")
     common = os.path.commonprefix([chosen, rejected])
     prompt = re.sub(r"\s+\S*\Z", "", common) if re.search(r"\s", common) else ""
     if not prompt:
         raise ValueError('"chosen" and "rejected" do not begin with the same word, so no prompt is seen; give the column "prompt"')
     return {**row, "prompt": prompt, "chosen": chosen[len(prompt) :], "rejected": rejected[len(prompt) :]}
+
+
+def _with_shared_messages(row: dict[str, Any], chosen: list[dict[str, Any]], rejected: list[dict[str, Any]]) -> dict[str, Any]:
+    length = sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(chosen, rejected, strict=False)))
+    if chosen != rejected and length in (0, len(chosen), len(rejected)):
+        problem = "begin with other messages" if not length else "differ only in that one goes on"
+        raise ValueError(f'"chosen" and "rejected" {problem}; give the column "prompt"')
+    length = min(length, len(chosen) - 1)
+    return {**row, "prompt": chosen[:length], "chosen": chosen[length:], "rejected": rejected[length:]}
 
 
 def _different(pair: Pair, when: str = "") -> Pair:

@@ -6,20 +6,17 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from .adapters import active_adapter, adapter_configs, attach, base_fingerprint, save_adapter
+from .adapters import base_fingerprint
 from .data import Example, max_tokens
 from .errors import PosttrainError
 from .model.decoder import CausalLM
-from .model.loading import save
 from .packing import Batch, collate, pack
-from .quantized import QuantizedLinear
 from .token_logprobs import completion_logprobs
+from .trained_model import attach_for_training, check_lengths, free_weights, save_trained
 from .trainer import TrainConfig, TrainResult, train
 
 
@@ -62,21 +59,9 @@ def sft(
     """
     if not examples:
         raise PosttrainError("the training data holds no examples")
-    given = adapter if active_adapter(model) is None else model.virtual
-    context = model.config.max_position_embeddings - getattr(given, "num_virtual_tokens", 0)
     longest = max_tokens(examples)
-    if longest > min(max_length or longest, context):
-        raise PosttrainError(
-            f"the longest example has {longest} tokens; max_length is {max_length} and the model's context {context}. "
-            "Load the data with that max_length, which says what to do with longer ones"
-        )
-    if adapter is not None and active_adapter(model) is None:
-        torch.manual_seed(config.seed)
-        attach(model, adapter)
-    name = active_adapter(model)
-    trained = adapter_configs(model)[name] if name else None
-    if trained is None and any(isinstance(module, QuantizedLinear) for module in model.modules()):
-        raise PosttrainError("4-bit weights cannot be trained themselves; give an adapter, or load the model without quantize")
+    check_lengths(model, adapter, longest, max_length)
+    trained = attach_for_training(model, adapter, config.seed)
     rows = pack(examples, max_length or longest) if packing else [[example] for example in examples]
     identity = {
         "data": digest(examples),
@@ -85,17 +70,8 @@ def sft(
         "base": base_fingerprint(model),
     }
     if trained is None:
-        model.requires_grad_(True)
-        model.fingerprint = None  # it will be another base from the first step on
+        free_weights(model)
     run = partial(train, model, rows, partial(collate, pad_id=pad_id), loss_sum, config)
     result = run(resume=resume, identity=identity, quiet=quiet, on_step=on_step)
-    if trained is None:
-        save(model, model_folder(config))
-    else:
-        save_adapter(model, config.output_dir)
+    save_trained(model, trained, config)
     return result
-
-
-def model_folder(config: TrainConfig) -> Path:
-    """Where `sft` saves a model whose own weights it trained."""
-    return Path(config.output_dir) / "model"

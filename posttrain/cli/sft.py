@@ -112,7 +112,8 @@ def run(args: argparse.Namespace) -> None:
     from posttrain.adapters.recipes import RECIPES
     from posttrain.cli.quantize import copy_tokenizer
     from posttrain.data import load_dataset
-    from posttrain.sft import model_folder, sft
+    from posttrain.sft import sft
+    from posttrain.trained_model import model_folder
     from posttrain.trainer import TrainConfig
 
     recipe = RECIPES[args.method]

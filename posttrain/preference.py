@@ -1,0 +1,240 @@
+"""Preference optimization: DPO and its family on pairs of completions (losses: kernels/preference_losses.py).
+
+One forward pass over both completions of a batch's pairs in packed rows, the head on their tokens alone; the reference is the
+same model with its adapter off, so that one copy of the base serves both, in 4 bits too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .adapters import active_adapter, base_fingerprint
+from .completion_batch import CompletionBatch, collate_completions
+from .errors import PosttrainError
+from .kernels import preference_loss
+from .kernels.preference_loss import check_options
+from .kernels.preference_losses import LOSSES
+from .model.decoder import CausalLM
+from .preference_data import Pair, digest
+from .preference_weights import completion_logps, wpo_weights
+from .reference_logps import FILE, Progress, cached, identity_of, measure, reference_logprobs, reference_of
+from .token_logprobs import collision_logprobs, completion_logprobs, head_logprobs, labelled_hidden
+from .trained_model import attach_for_training, check_lengths, free_weights, save_trained
+from .trainer import TrainConfig, TrainResult, train
+
+# Methods whose papers add the chosen completion's likelihood to a loss, and have no reference.
+PAPERS = {"cpo": ("sigmoid", "sft"), "orpo": ("orpo", "sft")}
+
+
+@dataclass(frozen=True)
+class PreferenceConfig:
+    """What is learned from a pair; names as in TRL's DPOConfig.
+
+    loss_type: a name of kernels/preference_losses.py, several with loss_weights (MPO, arXiv:2411.10442; 1 each by default), or
+    "cpo" (arXiv:2401.08417) or "orpo" (arXiv:2403.07691), whole as their papers have them. label_smoothing goes to those that
+    have one. ld_alpha: weight of tokens beyond the shorter completion's length (LD-DPO); None sums all alike. use_weighting:
+    WPO's weights. reference_free: log-ratios to nothing. ValueError where these do not go together.
+    """
+
+    loss_type: str | Sequence[str] = "sigmoid"
+    loss_weights: Sequence[float] | None = None
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    f_divergence_type: str = "reverse_kl"
+    f_alpha_divergence_coef: float = 0.5
+    simpo_gamma: float = 0.5
+    discopop_tau: float = 0.05
+    ld_alpha: float | None = None
+    use_weighting: bool = False
+    reference_free: bool = False
+
+    def __post_init__(self):
+        terms = self.terms
+        weights = [1.0] * len(terms) if self.loss_weights is None else self.loss_weights
+        if len(weights) != len(terms) or not terms:
+            raise ValueError(f"loss_weights are {len(weights)} and the losses {', '.join(terms) or 'none'}; expected one a loss")
+        for name in terms:
+            check_options(name, self._divergence(name), self.beta, self._smoothing(name), self.f_alpha_divergence_coef)
+        if self.label_smoothing and not any(map(self._smoothing, terms)):
+            raise ValueError(f"label_smoothing is {self.label_smoothing}, and {', '.join(terms)} has none; expected 0")
+        if self.ld_alpha is not None and not 0 <= self.ld_alpha <= 1:
+            raise ValueError(f"ld_alpha is {self.ld_alpha}; expected 0 (shared length alone) to 1 (every token), or None")
+        if self.use_weighting and {"aot", "aot_unpaired"} & set(terms):
+            raise ValueError("use_weighting is of pairs, and aot compares sorted margins of the batch; use another loss")
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """The losses that are summed."""
+        if isinstance(self.loss_type, str):
+            return PAPERS.get(self.loss_type, (self.loss_type,))
+        return tuple(self.loss_type)
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether any loss compares with a reference model."""
+        return not self.reference_free and self.loss_type not in PAPERS and any(LOSSES[name].reference for name in self.terms)
+
+    def _smoothing(self, name: str) -> float:
+        return self.label_smoothing if name not in LOSSES or LOSSES[name].smoothing[1] else 0.0
+
+    def _divergence(self, name: str) -> str:
+        """Likelihood has no divergence to choose."""
+        return "reverse_kl" if name == "sft" else self.f_divergence_type
+
+    def losses(self, policy: Tensor, ref: Tensor | None, lengths: Tensor, weights: Tensor | None = None) -> Tensor:
+        """The weighted sum of the losses (pairs,); policy, ref, lengths (2 pairs,): chosen first."""
+        total = policy.new_zeros(len(policy) // 2)
+        chosen, rejected = policy.chunk(2)
+        chosen_lengths, rejected_lengths = lengths.chunk(2)
+        for name, weight in zip(self.terms, self.loss_weights or [1.0] * len(self.terms), strict=True):
+            ref_chosen, ref_rejected = ref.chunk(2) if ref is not None and LOSSES[name].reference else (None, None)
+            losses, _, _ = preference_loss(
+                chosen, rejected, ref_chosen, ref_rejected, self.beta, name, self._smoothing(name),
+                f_divergence=self._divergence(name), alpha=self.f_alpha_divergence_coef, simpo_gamma=self.simpo_gamma,
+                discopop_tau=self.discopop_tau, chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths, weights=weights,
+            )  # fmt: skip
+            total = total + weight * losses
+        return total
+
+
+def pair_sequences(pairs: Sequence[Pair]) -> list[tuple[list[int], list[int]]]:
+    """(prompt, completion) of every chosen one, then of every rejected one."""
+    return [(p.prompt, p.chosen) for p in pairs] + [(p.prompt, p.rejected) for p in pairs]
+
+
+def collate_pairs(items: Sequence[tuple[Pair, Tensor | None]], pad_id: int = 0) -> CompletionBatch:
+    """A batch of pairs, each with the reference's log-probabilities (2,) of its completions or None."""
+    batch = collate_completions(pair_sequences([pair for pair, _ in items]), len(items), pad_id)
+    refs = [ref for _, ref in items if ref is not None]
+    return replace(batch, ref_logps=torch.stack(refs, 1).flatten()) if refs else batch
+
+
+Told = dict[str, tuple[Tensor, float]]
+
+
+def pair_loss(
+    model: CausalLM, batch: CompletionBatch, preference: PreferenceConfig, ref_model: CausalLM | None = None
+) -> tuple[Tensor, Told]:
+    """(the losses of the batch's pairs summed (), what TRL shows as sums and counts)."""
+    ref = batch.ref_logps
+    if ref is None and preference.needs_reference:
+        ref = completion_logps(batch, reference_logprobs(model, batch, ref_model), preference.ld_alpha)
+    hidden, labels = labelled_hidden(model, batch)
+    logprobs, entropy = head_logprobs(model, hidden, labels, return_entropy=True)
+    policy = completion_logps(batch, logprobs, preference.ld_alpha)
+    weights = wpo_weights(batch, logprobs, collision_logprobs(model, hidden)) if preference.use_weighting else None
+    losses = preference.losses(policy, ref, batch.lengths, weights)
+    chosen, rejected = policy.detach().chunk(2)
+    rewards = preference.beta * (policy.detach() if ref is None else policy.detach() - ref)
+    better, worse = rewards.chunk(2)
+    shown = {
+        "rewards/chosen": better, "rewards/rejected": worse, "rewards/accuracies": (better > worse).float(),
+        "rewards/margins": better - worse, "logps/chosen": chosen, "logps/rejected": rejected, "entropy": entropy,
+    }  # fmt: skip
+    return losses.sum(), {name: (values.sum(), values.numel()) for name, values in shown.items()}
+
+
+def pair_logps(
+    model: CausalLM,
+    pairs: Sequence[Pair],
+    ld_alpha: float | None = None,
+    *,
+    tokens_per_batch: int = 4096,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Log-probabilities of the chosen and the rejected completion of each pair under the model as it is: float32 (pairs, 2)."""
+    device = model.model.embed_tokens.weight.device
+
+    def sums_of(indices: list[int]) -> Tensor:
+        batch = collate_completions(pair_sequences([pairs[i] for i in indices])).to(device)
+        return completion_logps(batch, completion_logprobs(model, batch), ld_alpha).view(2, -1).T
+
+    lengths = [2 * len(p.prompt) + len(p.chosen) + len(p.rejected) for p in pairs]
+    return measure(lengths, sums_of, tokens_per_batch, progress)
+
+
+def dpo(
+    model: CausalLM,
+    pairs: Sequence[Pair],
+    config: TrainConfig,
+    adapter: Any = None,
+    preference: PreferenceConfig | None = None,
+    *,
+    ref_model: CausalLM | None = None,
+    precompute_ref: bool = False,
+    ref_cache: str | Path | None = None,
+    max_length: int | None = None,
+    pad_id: int = 0,
+    resume: bool = False,
+    quiet: bool = False,
+    on_step: Callable[[dict[str, Any]], None] | None = None,
+) -> TrainResult:
+    """Train `model` (a posttrain.model CausalLM, dense or quantized) to prefer the chosen of `pairs` (preference_data.py).
+
+    adapter: as in posttrain.sft.sft; a batch is of pairs. The reference is ref_model where one is given; else the base, which
+    is the model with the new adapter off; else, where the model came with an adapter or all its weights train, the model as it
+    is now, whose log-probabilities are computed before the first step. precompute_ref computes them so in every case: the
+    steps are a third cheaper from then on. They are kept in ref_cache (by default in config.output_dir), and read again
+    where that file is of the same data and reference.
+
+    Losses that depend on the batch ("aot", "aot_unpaired", "sft" and what holds it) do so on each micro-batch. Saved is what
+    `sft` saves. PosttrainError as `sft`, and for a ref_cache of other data or another reference.
+    """
+    preference = preference or PreferenceConfig()
+    if not pairs:
+        raise PosttrainError("the training data holds no pairs")
+    check_lengths(model, adapter, max(len(p) + len(c) for p, c in pair_sequences(pairs)), max_length)
+    _check_reference(model, ref_model, preference)
+    is_base = adapter is not None and active_adapter(model) is None
+    trained = attach_for_training(model, adapter, config.seed)
+    with_adapter = ref_model is None and not is_base
+    about = {
+        "data": digest(pairs),
+        "reference": identity_of(ref_model or model, with_adapter) if preference.needs_reference else "none",
+        "ld_alpha": str(preference.ld_alpha),
+    }
+    refs: Sequence[Tensor | None] = [None] * len(pairs)
+    if preference.needs_reference and (precompute_ref or ref_cache is not None or with_adapter):
+        compute = partial(_reference_pair_logps, model, ref_model, with_adapter, pairs, preference.ld_alpha)
+        refs = list(cached(ref_cache or Path(config.output_dir) / FILE, about, len(pairs), compute))
+    identity = about | {
+        "preference": asdict(preference),
+        "adapter": asdict(trained) if trained else None,
+        "base": base_fingerprint(model),
+    }
+    if trained is None:
+        free_weights(model)
+    loss = partial(pair_loss, preference=preference, ref_model=ref_model)
+    items = list(zip(pairs, refs, strict=True))
+    result = train(
+        model, items, partial(collate_pairs, pad_id=pad_id), loss, config,
+        resume=resume, identity=identity, quiet=quiet, on_step=on_step,
+    )  # fmt: skip
+    save_trained(model, trained, config)
+    return result
+
+
+def _reference_pair_logps(
+    model: CausalLM, ref_model: CausalLM | None, with_adapter: bool, pairs: Sequence[Pair], ld_alpha: float | None
+) -> Tensor:
+    with reference_of(model, model if with_adapter else ref_model) as reference:
+        return pair_logps(reference, pairs, ld_alpha)
+
+
+def _check_reference(model: CausalLM, ref_model: CausalLM | None, preference: PreferenceConfig) -> None:
+    if ref_model is None:
+        return
+    if not preference.needs_reference:
+        raise PosttrainError(f"{', '.join(preference.terms)} needs no reference model; leave ref_model out")
+    if ref_model is model:
+        raise PosttrainError("ref_model is the model to train; leave it out: the reference is then the model as it is now")
+    if ref_model.config.vocab_size != model.config.vocab_size:
+        sizes = f"{ref_model.config.vocab_size} tokens and the model {model.config.vocab_size}"
+        raise PosttrainError(f"ref_model knows {sizes}; expected a model with the same tokenizer")
