@@ -39,14 +39,14 @@ def generate(
     the context, or a name that no served adapter has.
     """
     check_sampling(temperature, top_k, top_p)
-    _check_prompts(model, prompts, max_new_tokens)
+    check_prompts(model, prompts, max_new_tokens)
     outputs: list[list[int]] = [[] for _ in prompts]
     if not prompts or max_new_tokens == 0:
         return outputs
     weight = model.model.embed_tokens.weight
     longest = max(map(len, prompts))
     cache = KVCache(model.config, len(prompts), longest + max_new_tokens - 1, weight.dtype, weight.device)
-    input_ids, attention_mask = _left_pad(prompts, longest, weight.device)
+    input_ids, attention_mask = left_pad(prompts, longest, weight.device)
     generator = None if seed is None else torch.Generator(weight.device).manual_seed(seed)
     was_training = model.training
     if was_training:
@@ -55,7 +55,7 @@ def generate(
     rows = list(range(len(prompts)))  # the prompt that each row of the batch continues
     running = [True] * len(rows)
     try:
-        with _adapters(model, adapter_ids, len(prompts), weight.device) as batch, fused_projections(model):
+        with request_adapters(model, adapter_ids, len(prompts), weight.device) as batch, fused_projections(model):
             for step in range(max_new_tokens):
                 hidden = model.hidden(input_ids, attention_mask=attention_mask, cache=cache)
                 chosen = sample(model.head(hidden[:, -1]), temperature, top_k, top_p, generator)
@@ -86,7 +86,7 @@ def generate(
     return outputs
 
 
-def _adapters(model: CausalLM, adapter_ids: Sequence[str | None] | None, count: int, device: torch.device):
+def request_adapters(model: CausalLM, adapter_ids: Sequence[str | None] | None, count: int, device: torch.device):
     """A context in which each prompt goes through its own adapter; it gives the batch that says which."""
     if adapter_ids is None:
         return nullcontext()
@@ -96,7 +96,8 @@ def _adapters(model: CausalLM, adapter_ids: Sequence[str | None] | None, count: 
     return served.rows(adapter_ids, count, device)
 
 
-def _check_prompts(model: CausalLM, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+def check_prompts(model: CausalLM, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    """ValueError unless the prompts are the model's tokens, at least one each, and fit its context with what is to come."""
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; expected 0 or more")
     context, vocab_size = model.context_length, model.config.vocab_size
@@ -117,7 +118,7 @@ def _check_prompts(model: CausalLM, prompts: Sequence[Sequence[int]], max_new_to
             )
 
 
-def _left_pad(prompts: Sequence[Sequence[int]], longest: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
+def left_pad(prompts: Sequence[Sequence[int]], longest: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
     """input_ids int64 (B, longest) and attention_mask bool (B, longest), None when no prompt needs padding."""
     input_ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
     if all(len(p) == longest for p in prompts):

@@ -82,9 +82,15 @@ class Requests:
 
 
 class Drafter(Protocol):
-    """What proposes. `features`: which of the target's hidden states it is told; () none. They are concatenated in this order."""
+    """What proposes.
+
+    features: which of the target's hidden states it is told, concatenated in this order; () none.
+    prompt_cost: about what its taking in of the prompts costs, over the target's pass over them (0: nothing; a model of a fifth
+    of the target's layers: 0.2). Where that could not be won back, the engine never asks for a draft.
+    """
 
     features: tuple[int, ...]
+    prompt_cost: float
 
     def begin(self, count: int) -> None:
         """Forget everything: `count` new requests."""
