@@ -21,12 +21,12 @@ def kept_by_definition(logits: list[float], temperature: float, top_k: int, top_
     if top_p < 1:
         weights = {i: math.exp((logits[i] - max(logits)) / temperature) for i in kept}
         mass, nucleus = 0.0, []
-        for i in sorted(kept, key=lambda i: -logits[i]):  # stable: the first of equals
+        for i in sorted(kept, key=lambda i: -logits[i]):
             if mass >= top_p * sum(weights.values()):
                 break
             nucleus.append(i)
             mass += weights[i]
-        kept = nucleus
+        kept = [i for i in kept if logits[i] >= logits[nucleus[-1]]]  # and whatever equals the last
     return set(kept)
 
 
@@ -43,7 +43,7 @@ def test_filters_follow_their_definition(values, temperature, top_k, top_p):
     # Where the mass before a token equals top_p to the last digit, either side of the comparison is right.
     probabilities = filter_logits(logits, temperature, top_k, 1.0).softmax(-1).sort(descending=True).values
     edge = (probabilities.cumsum(-1) - top_p).abs().min() < 1e3 * torch.finfo(torch.float64).eps
-    assert kept == expected or (edge and abs(len(kept) - len(expected)) == 1)
+    assert kept == expected or (edge and len({values[i] for i in kept ^ expected}) == 1)
     index = sorted(kept)
     assert torch.equal(filtered[index], logits[index] / temperature)
 
@@ -65,9 +65,7 @@ def test_temperature_zero_takes_the_first_of_the_largest():
     assert sample(torch.tensor([[1.0, 3.0, 3.0], [5.0, 1.0, 5.0]]), temperature=0).tolist() == [1, 0]
 
 
-@pytest.mark.parametrize(
-    ("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.5, 0, 1.0), (2.0, 3, 1.0), (1.0, 0, 0.7)]
-)
+@pytest.mark.parametrize(("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.5, 0, 1.0), (2.0, 3, 1.0), (1.0, 0, 0.7)])
 def test_draws_follow_the_probabilities(temperature, top_k, top_p):
     """Pearson's chi-squared over 20,000 seeded draws, below its 99.9 % point for the degrees of freedom there are."""
     logits = torch.tensor([0.0, 1.0, -0.5, 0.3, 1.7, -2.0])
