@@ -87,6 +87,9 @@ class Drafter(Protocol):
     features: which of the target's hidden states it is told, concatenated in this order; () none.
     prompt_cost: about what its taking in of the prompts costs, over the target's pass over them (0: nothing; a model of a fifth
     of the target's layers: 0.2). Where that could not be won back, the engine never asks for a draft.
+
+    A drafter that also has a method see(logits) is shown the target's logits (B, 1 + N, V) at the root and every node of what it
+    proposed, before `observe` (lookahead.py).
     """
 
     features: tuple[int, ...]

@@ -5,9 +5,9 @@
     c       seconds to draft one token over seconds of a target's pass over one
     v(n)    seconds of a target's pass over n tokens over those of one: 1 while weights are what a pass reads
 
-    E[tokens a step]  = (1 - alpha^(gamma+1)) / (1 - alpha)                                    (eq. 1)
-    speedup           = (1 - alpha^(gamma+1)) / ((1 - alpha) (gamma c + v(gamma+1)))           (Theorem 3.8; there v = 1)
-    arithmetic        = (1 - alpha) (gamma c' + gamma + 1) / (1 - alpha^(gamma+1))             (Theorem 3.11), c' the ratio of operations
+    E[tokens a step]  = (1 - alpha^(gamma+1)) / (1 - alpha)                               (eq. 1)
+    speedup           = (1 - alpha^(gamma+1)) / ((1 - alpha) (gamma c + v(gamma+1)))      (Theorem 3.8; there v = 1)
+    arithmetic        = (1 - alpha) (gamma c' + gamma + 1) / (1 - alpha^(gamma+1))        (Theorem 3.11), c' the ratio of operations
 
 Leviathan, Kalman and Matias, "Fast Inference from Transformers via Speculative Decoding", arXiv:2211.17192.
 """
