@@ -27,6 +27,7 @@ from posttrain.model.sampling import check_sampling
 from .interface import FINAL, Drafter, Proposal, Requests
 from .pace import Pace
 from .report import Report
+from .typical import accept_typical
 
 DRAFT_LENGTH = 8  # the longest draft, unless told otherwise
 
@@ -47,6 +48,7 @@ def generate(
     *,
     draft_length: int = DRAFT_LENGTH,
     adaptive: bool = True,
+    typical: tuple[float, float] | None = None,
 ) -> tuple[list[list[int]], Report]:
     """The new tokens of each prompt, as posttrain.model.generate's arguments of these names ask, and how it went.
 
@@ -56,6 +58,8 @@ def generate(
     draft_length: the longest draft; of a tree, its depth. adaptive: how long drafts are, and whether there are any, is decided
     from measured acceptance and times (pace.py), so that it is not slower than plain decoding; a seed with temperature > 0 rules
     that out, since draws depend on where drafts begin: they are then all draft_length long.
+
+    typical: LOSSY. (epsilon, alpha) of Medusa's typical acceptance (typical.py), of trees, where temperature > 0.
 
     Raises ValueError as posttrain.model.generate does, for a draft_length below 1, or where a row of logits has no finite one.
     """
@@ -77,7 +81,7 @@ def generate(
                 torch.zeros(len(prompts), dtype=torch.int64, device=device), temperature, top_k, top_p, device,
             )  # fmt: skip
             pace = Pace(draft_length, adaptive and (seed is None or temperature == 0), drafter.prompt_cost, report)
-            run = _Run(model, requests, drafter, pace, outputs, max_new_tokens, frozenset(stop_ids), on_token, batch)
+            run = _Run(model, requests, drafter, pace, outputs, max_new_tokens, frozenset(stop_ids), on_token, batch, typical)
             run.start(prompts)
             while run.rows:
                 run.step()
@@ -111,9 +115,12 @@ class _Run:
         stop: frozenset[int],
         on_token: Callable[[int, int], None] | None,
         batch,
+        typical: tuple[float, float] | None,
     ):
         self.model, self.requests, self.drafter, self.pace = model, requests, drafter, pace
         self.outputs, self.stop, self.on_token, self.batch = outputs, stop, on_token, batch
+        self.typical = typical
+        self.generator = torch.Generator(requests.device).manual_seed(int(requests.seeds[0]))  # for typical acceptance alone
         self.rows = list(range(len(outputs)))
         self.max_new_tokens = max_new_tokens
         # Past its first length dynamic rope turns by the length of the text: each token then needs a pass of its own.
@@ -196,6 +203,12 @@ class _Run:
         if proposal.parents is None:
             tokens, num_accepted = verify_draft_tokens(
                 proposal.tokens, proposal.logits, logits, proposal.num, *sampling, **noise
+            )  # fmt: skip
+        elif self.typical is not None and requests.temperature > 0:
+            epsilon, alpha = self.typical
+            tokens, num_accepted, path = accept_typical(
+                proposal.tokens, proposal.parents, logits, proposal.num, *sampling, epsilon=epsilon, alpha=alpha,
+                generator=self.generator,
             )  # fmt: skip
         else:
             tokens, num_accepted, path = verify_draft_tree(
