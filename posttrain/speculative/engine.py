@@ -11,7 +11,6 @@ no token sees and no position counts, so a row goes on as if alone. Holes are cl
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Callable, Collection, Sequence
 
 import torch
@@ -24,8 +23,8 @@ from posttrain.model.generate import check_prompts, left_pad, request_adapters
 from posttrain.model.kv_cache import KVCache
 from posttrain.model.sampling import check_sampling
 
+from . import pace
 from .interface import FINAL, Drafter, Proposal, Requests
-from .pace import Pace
 from .report import Report
 from .typical import accept_typical
 
@@ -80,8 +79,8 @@ def generate(
                 [list(prompt) for prompt in prompts], [0] * len(prompts), _seeds(seed, len(prompts), device),
                 torch.zeros(len(prompts), dtype=torch.int64, device=device), temperature, top_k, top_p, device,
             )  # fmt: skip
-            pace = Pace(draft_length, adaptive and (seed is None or temperature == 0), drafter.prompt_cost, report)
-            run = _Run(model, requests, drafter, pace, outputs, max_new_tokens, frozenset(stop_ids), on_token, batch, typical)
+            decider = pace.Pace(draft_length, adaptive and (seed is None or temperature == 0), drafter.prompt_cost, report)
+            run = _Run(model, requests, drafter, decider, outputs, max_new_tokens, frozenset(stop_ids), on_token, batch, typical)
             run.start(prompts)
             while run.rows:
                 run.step()
@@ -109,7 +108,7 @@ class _Run:
         model: CausalLM,
         requests: Requests,
         drafter: Drafter,
-        pace: Pace,
+        decider: pace.Pace,
         outputs: list[list[int]],
         max_new_tokens: int,
         stop: frozenset[int],
@@ -117,7 +116,7 @@ class _Run:
         batch,
         typical: tuple[float, float] | None,
     ):
-        self.model, self.requests, self.drafter, self.pace = model, requests, drafter, pace
+        self.model, self.requests, self.drafter, self.pace = model, requests, drafter, decider
         self.outputs, self.stop, self.on_token, self.batch = outputs, stop, on_token, batch
         self.typical = typical
         self.generator = torch.Generator(requests.device).manual_seed(int(requests.seeds[0]))  # for typical acceptance alone
@@ -133,13 +132,13 @@ class _Run:
         weight = self.model.model.embed_tokens.weight
         longest = max(map(len, prompts))
         self.cache = KVCache(self.model.config, len(prompts), longest + self.max_new_tokens, weight.dtype, weight.device)
-        began = time.perf_counter()
+        began = pace.clock()
         input_ids, mask = left_pad(prompts, longest, weight.device)
         features, hidden = self._pass(input_ids, attention_mask=mask)
         none = Proposal(input_ids[:, :0], torch.zeros(len(prompts), dtype=torch.int64, device=weight.device))
         tokens, _, _ = self._verify(none, self.model.head(hidden[:, -1:]), 0)
         new = tokens.tolist()
-        self.pace.prompts_seen(time.perf_counter() - began, self.max_new_tokens)
+        self.pace.prompts_seen(pace.clock() - began, self.max_new_tokens)
         # A row's padding is followed by padding, but for the last of it, which no one should learn from either.
         following = torch.cat((input_ids[:, 1:], tokens), 1)
         self.drafter.observe(following if mask is None else following.masked_fill(~mask, -1), features)
@@ -147,15 +146,15 @@ class _Run:
 
     def step(self) -> None:
         """One pass of the target over every row's root and draft."""
-        began = time.perf_counter()
+        began = pace.clock()
         proposal = self._propose()
-        drafted = time.perf_counter()
+        drafted = pace.clock()
         features, logits, depth = self._see(proposal)
         if (see := getattr(self.drafter, "see", None)) is not None:
             see(logits)
         tokens, num_accepted, path = self._verify(proposal, logits, max(depth))
         new, accepted = tokens.tolist(), num_accepted.tolist()
-        took = drafted - began, time.perf_counter() - drafted
+        took = drafted - began, pace.clock() - drafted
         self.pace.stepped(proposal.num.tolist(), depth, accepted, logits.shape[1], *took)
         self._roll_back(accepted, path)
         if features is not None:

@@ -9,12 +9,14 @@ short draft now and then, at intervals that double, to see whether the text has 
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict, deque
 from statistics import median
 
 from .planner import expected_tokens
 from .report import Report
 
+clock = time.perf_counter
 MARGIN = 0.04  # of the time that plain decoding would take, up to AHEAD tokens from now
 AHEAD = 64
 REMEMBERED = 9  # times of a kind, of which the median counts
