@@ -79,7 +79,8 @@ class PreferenceConfig:
     @property
     def needs_reference(self) -> bool:
         """Whether any loss compares with a reference model."""
-        return not self.reference_free and self.loss_type not in PAPERS and any(LOSSES[name].reference for name in self.terms)
+        of_a_paper = isinstance(self.loss_type, str) and self.loss_type in PAPERS
+        return not self.reference_free and not of_a_paper and any(LOSSES[name].reference for name in self.terms)
 
     def _smoothing(self, name: str) -> float:
         return self.label_smoothing if name not in LOSSES or LOSSES[name].smoothing[1] else 0.0
@@ -129,6 +130,7 @@ def pair_loss(
     hidden, labels = labelled_hidden(model, batch)
     logprobs, entropy = head_logprobs(model, hidden, labels, return_entropy=True)
     policy = completion_logps(batch, logprobs, preference.ld_alpha)
+    ref = None if ref is None else ref.to(policy.dtype)
     weights = wpo_weights(batch, logprobs, collision_logprobs(model, hidden)) if preference.use_weighting else None
     losses = preference.losses(policy, ref, batch.lengths, weights)
     chosen, rejected = policy.detach().chunk(2)

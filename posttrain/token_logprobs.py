@@ -73,19 +73,22 @@ def head_logprobs(model: CausalLM, hidden: Tensor, labels: Tensor, return_entrop
 
 
 def _through_head(model: CausalLM, hidden: Tensor, labels: Tensor, measure: bool) -> tuple[Tensor, Tensor]:
-    logits = model.head(hidden).float()
-    whole = logits.log_softmax(-1)
+    whole = _wide(model.head(hidden)).log_softmax(-1)
     with torch.no_grad():
         entropy = -(whole.exp() * whole).sum(-1) if measure else whole.new_zeros(len(whole))
     return whole.gather(1, labels[:, None])[:, 0], entropy
 
 
+def _wide(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
 @torch.no_grad()
 def collision_logprobs(model: CausalLM, hidden: Tensor) -> Tensor:
-    """log sum_v p[v]^2 (N,) of the distributions after hidden states (N, D), float32, without gradient: the expected probability
+    """log sum_v p[v]^2 (N,) of the distributions after hidden states (N, D), in float32 without gradient: the expected probability
     of a token drawn from the policy itself (WPO, arXiv:2406.11827)."""
     parts = []
     for chunk in hidden.detach().split(CHUNK):
-        logits = model.head(chunk).float()
+        logits = _wide(model.head(chunk))
         parts.append((2 * logits).logsumexp(-1) - 2 * logits.logsumexp(-1))
     return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)

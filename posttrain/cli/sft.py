@@ -20,9 +20,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from typing import Any
 
 from posttrain.cli.common import add_model_arguments, load_model, positive_int, resolve_model
+from posttrain.cli.training import add_training_arguments, train_config
 from posttrain.errors import PosttrainError
 
 METHODS = ("lora", "qlora", "dora", "adapter", "prefix", "prompt", "p-tuning", "ia3", "full")
@@ -32,12 +34,14 @@ examples:
   echo '{"prompt": "the sea is", "completion": " wide"}' > train.jsonl
   posttrain sft --model offline --data train.jsonl --output my-adapter --max-steps 20 --learning-rate 1e-3
   posttrain sft --method qlora --model smollm2-135m --data train.jsonl --output my-adapter --epochs 2 --resume
+  posttrain sft --method qlora --init-lora-weights loftq --loraplus-lr-ratio 16 --data train.jsonl --model smollm2-135m --output q
   posttrain sft --method ia3 --model smollm2-135m --quantize nf4 --data train.jsonl --output my-ia3 --epochs 2
 """
 
 
 ADAPTER_OPTIONS = (
-    "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "bottleneck_size", "num_virtual_tokens",
+    "r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights", "target_modules", "bottleneck_size",
+    "num_virtual_tokens",
 )  # fmt: skip
 
 
@@ -48,6 +52,9 @@ def add_adapter_arguments(group: argparse._ArgumentGroup, default: str | None) -
     group.add_argument("--lora-alpha", type=float, help="scaling = alpha / r (default 16)")
     group.add_argument("--lora-dropout", type=float, help="default 0")
     group.add_argument("--use-rslora", action="store_true", default=None, help="scaling = alpha / sqrt(r)")
+    group.add_argument(
+        "--init-lora-weights", type=_init, metavar="START", help="pissa, olora, loftq, orthogonal, gaussian, true (default)"
+    )
     group.add_argument("--target-modules", type=_names, metavar="NAMES", help="comma-separated, or a regex: lora, ia3")
     group.add_argument("--bottleneck-size", type=positive_int, metavar="N", help="adapter (default 64)")
     group.add_argument("--num-virtual-tokens", type=positive_int, metavar="N", help="prefix, prompt, p-tuning (default 20)")
@@ -57,6 +64,10 @@ def _names(text: str) -> str | list[str]:
     """Names, or a regular expression (and "all-linear")."""
     names = text.split(",")
     return names if all(map(str.isidentifier, names)) else text
+
+
+def _init(text: str) -> str | bool:
+    return text.lower() == "true" if text.lower() in ("true", "false") else text
 
 
 def adapter_of(method: str, args: argparse.Namespace | None) -> Any:
@@ -91,21 +102,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("adapter", "each has a default by method; one that the method lacks is refused")
     add_adapter_arguments(group, default="lora")
     group.add_argument("--init-text", metavar="TEXT", help="prefix, prompt: start as if the model had read this")
-    training = parser.add_argument_group("training")
-    training.add_argument("--max-steps", type=int, default=0, metavar="N", help="default: what --epochs makes")
-    training.add_argument("--epochs", type=float, default=1.0, help="default %(default)s")
-    training.add_argument("--batch-size", type=positive_int, default=4, metavar="N", help="rows at once (default 4)")
-    training.add_argument("--accumulate", type=positive_int, default=1, metavar="N", help="batches a step (default 1)")
-    training.add_argument("--learning-rate", type=float, help="default: by method, 1e-3 for lora")
-    training.add_argument("--warmup-ratio", type=float, default=0.03, help="of the steps (default %(default)s)")
-    training.add_argument("--max-grad-norm", type=float, default=1.0, help="0 does not clip (default %(default)s)")
+    training = add_training_arguments(parser, "rows at once", 4, "by method, 1e-3 for lora")
     training.add_argument("--max-length", type=positive_int, metavar="N", help="tokens in a row (default: the longest)")
     training.add_argument("--truncate", action="store_true", help="cut the start of prompts that exceed --max-length")
     training.add_argument("--no-packing", action="store_true", help="one example a row")
-    training.add_argument("--activation-checkpointing", action="store_true", help="less memory, a third more work")
-    training.add_argument("--seed", type=int, default=0, help="default %(default)s")
-    training.add_argument("--save-steps", type=int, default=50, metavar="N", help="between checkpoints (default 50)")
-    training.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output, if any")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -114,27 +114,17 @@ def run(args: argparse.Namespace) -> None:
     from posttrain.data import load_dataset
     from posttrain.sft import sft
     from posttrain.trained_model import model_folder
-    from posttrain.trainer import TrainConfig
 
     recipe = RECIPES[args.method]
     adapter = adapter_of(args.method, args)
     if args.method == "full" and args.quantize:
         raise PosttrainError("--method full trains the weights, and 4-bit ones are frozen; drop --quantize, or use qlora")
     args.quantize = args.quantize or recipe.quantize
+    if args.init_lora_weights == "loftq":
+        adapter = replace(adapter, loftq_config={"quant_type": args.quantize or "nf4"})
+        args.quantize = None  # LoftQ needs the weights before, and leaves them in 4 bits
     args.dtype = args.dtype or ("fp32" if args.method == "full" else "bf16")
-    config = TrainConfig(
-        output_dir=args.output,
-        max_steps=args.max_steps,
-        num_train_epochs=args.epochs,
-        per_device_train_batch_size=args.batch_size,
-        gradient_accumulation_steps=args.accumulate,
-        learning_rate=recipe.learning_rate if args.learning_rate is None else args.learning_rate,
-        warmup_ratio=args.warmup_ratio,
-        max_grad_norm=args.max_grad_norm,
-        activation_checkpointing=args.activation_checkpointing,
-        seed=args.seed,
-        save_steps=args.save_steps,
-    )
+    config = train_config(args, recipe.learning_rate)
     with open(args.data, "rb"):  # a wrong path is told before the model is loaded
         pass
     model, tokenizer = load_model(args)

@@ -1,0 +1,70 @@
+"""`posttrain dpo` on the model that comes along: trains, measures on held-out pairs, resumes, refuses."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from posttrain import cli
+
+
+def run(capsys, *argv):
+    code = cli.main(["dpo", "--model", "offline", *map(str, argv)])
+    return code, *capsys.readouterr()
+
+
+@pytest.fixture
+def data(tmp_path):
+    def write(name, *rows):
+        file = tmp_path / name
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return file
+
+    return write
+
+
+GOOD = [{"prompt": f"The {thing} is", "chosen": " fine.", "rejected": " bad."} for thing in ("sea", "sky", "sun", "sand")]
+
+
+def test_trains_measures_and_resumes(capsys, data, tmp_path):
+    pairs, held_out = (
+        data("pairs.jsonl", *GOOD),
+        data("held_out.jsonl", {"prompt": "The air is", "chosen": " fine.", "rejected": " bad."}),
+    )
+    options = ["--data", pairs, "--eval-data", held_out, "--output", tmp_path / "out", "--max-steps", 4, "--batch-size", 2]
+    code, out, err = run(capsys, *options, "--loss-type", "sigmoid,sft", "--loss-weights", "1,0.1", "--precompute-ref")
+    assert code == 0 and out.splitlines()[-1] == str(tmp_path / "out") and "4 pairs to learn from, 1 held out" in err
+    assert out.startswith("by reward: 1.000 [") and "by likelihood: " in out
+    assert {"adapter_model.safetensors", "metrics.jsonl", "reference_logps.safetensors"} <= {
+        f.name for f in (tmp_path / "out").iterdir()
+    }
+    code, _, err = run(capsys, *options)
+    assert code == 1 and "holds checkpoint-4 of an earlier run" in err
+    code, _, err = run(capsys, *options, "--resume")
+    assert code == 1 and "belongs to another run: preference was" in err
+
+
+def test_an_adapter_goes_on(capsys, data, tmp_path):
+    pairs = data("pairs.jsonl", *GOOD)
+    assert run(capsys, "--data", pairs, "--output", tmp_path / "one", "--max-steps", 1)[0] == 0
+    code, out, _ = run(capsys, "--adapter", tmp_path / "one", "--data", pairs, "--output", tmp_path / "two", "--max-steps", 1)
+    assert code == 0 and (tmp_path / "two" / "reference_logps.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--beta", "0"], "beta is 0.0; expected a positive number"),
+        (["--loss-type", "ppo"], "loss_type is 'ppo'; expected one of sigmoid"),
+        (["--loss-type", "sigmoid,sft", "--loss-weights", "1"], "loss_weights are 1"),
+        (["--loss-weights", "much"], "could not convert"),
+        (["--method", "full", "--quantize", "nf4"], "--method full trains the weights"),
+        (["--max-length", "3"], ":1: 17 tokens, and at most 3 fit"),
+        (["--eval-data", "reviews:dev"], "reviews:dev: expected reviews:train, reviews:validation, reviews:test"),
+    ],
+)
+def test_refusals(capsys, data, tmp_path, options, message):
+    code, _, err = run(capsys, "--data", data("pairs.jsonl", *GOOD), "--output", tmp_path / "out", *options)
+    assert code == 1 and message in err and "Traceback" not in err
+    assert not (tmp_path / "out").exists()
