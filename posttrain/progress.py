@@ -86,9 +86,10 @@ class ProgressLine:
             self._live.stop()
 
     def update(self, entry: dict[str, Any]) -> None:
-        """Show a metrics entry: step, loss, tokens_per_second, peak_memory."""
+        """Show a metrics entry: step, loss, tokens_per_second, peak_memory, and a reward where there is one."""
+        reward = f"reward {entry['reward']:.3f}  " if "reward" in entry else ""
         text = (
-            f"loss {entry['loss']:.4f}  {entry['tokens_per_second']:,.0f} tokens/s  "
+            f"{reward}loss {entry['loss']:.4f}  {entry['tokens_per_second']:,.0f} tokens/s  "
             f"peak {entry['peak_memory'] / 2**30:.2f} GiB"
         )
         if self._live:

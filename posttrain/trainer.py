@@ -185,7 +185,8 @@ def train(
     total = total_steps(config, len(data))
     identity = json.loads(json.dumps({k: v for k, v in asdict(config).items() if k in IDENTITY} | (identity or {})))
     optimizer = adamw(model, config)
-    first, tokens, seconds = _begin(folder, model, optimizer, identity, config.seed, resume)
+    state = begin(folder, model, optimizer, identity, config.seed, resume)
+    first, tokens, seconds = state["step"], state["tokens"], state["seconds"]
     metrics = Metrics(folder / "metrics.jsonl", first)
     was_training = model.training
     model.train()
@@ -234,20 +235,20 @@ def train(
     return TrainResult(total, tokens, entries)
 
 
-def _begin(folder: Path, model, optimizer, identity: dict, seed: int, resume: bool) -> tuple[int, int, float]:
-    """(steps done, tokens seen, seconds taken): zeros for a fresh run, the last checkpoint's for a resumed one."""
+def begin(folder: Path, model, optimizer, identity: dict, seed: int, resume: bool) -> dict[str, Any]:
+    """The state that a run goes on from: step, tokens and seconds of 0 for a fresh one, the last checkpoint's for a resumed one,
+    whose weights, optimizer and random states are then put back. PosttrainError where that was another run."""
     done = checkpoints(folder)
     if not resume or not done:
         if done:
             raise PosttrainError(f"{folder} holds {done[-1].name} of an earlier run; resume it (--resume) or give another folder")
         torch.manual_seed(seed)
-        return 0, 0, 0.0
+        return {"step": 0, "tokens": 0, "seconds": 0.0}
     before = read_state(done[-1])["identity"]
     if changed := sorted(k for k in before.keys() | identity.keys() if before.get(k) != identity.get(k)):
         what = "; ".join(f"{k} was {before.get(k)!r} and is {identity.get(k)!r}" for k in changed)
         raise PosttrainError(f"{done[-1]} belongs to another run: {what}. Set it back, or start in another folder")
-    state = load_checkpoint(done[-1], model, optimizer)
-    return state["step"], state["tokens"], state["seconds"]
+    return load_checkpoint(done[-1], model, optimizer)
 
 
 def accumulate(
