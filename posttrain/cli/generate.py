@@ -1,7 +1,8 @@
 """Continue a prompt, or answer a chat message, writing each token as it comes.
 
 --prompt and --chat take text, or - for standard input. Temperature 0 (the default) is greedy and repeatable.
-Only the text goes to standard output; speed and warnings go to standard error.
+--speculative drafts tokens and verifies several in one pass of the model: the same text (its distribution, where temperature > 0),
+sooner. Only the text goes to standard output; speed and warnings go to standard error.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import argparse
 import sys
 import time
 
-from posttrain.cli.common import add_model_arguments, load_model, positive_int
+from posttrain.cli.common import QUANT_TYPES, add_model_arguments, load_model, positive_int, resolve_model
 from posttrain.errors import PosttrainError
 
 HELP = "continue a prompt or answer a chat message"
@@ -19,7 +20,9 @@ examples:
   posttrain generate --model offline --prompt "the film was " --max-new-tokens 40
   posttrain generate --model smollm2-135m --quantize nf4 --chat "Name three rivers."
   echo "Once upon a time" | posttrain generate --model smollm2-135m --prompt - --temperature 0.8 --top-p 0.9 --seed 7
+  posttrain generate --model smollm2-135m --speculative ngram --chat "Write this out again: to be or not to be, that is"
 """
+DRAFTS = ("draft", "ngram", "medusa", "eagle", "lookahead")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=int, default=0, help="0 keeps all tokens (default)")
     parser.add_argument("--top-p", type=float, default=1.0, help="1 keeps all tokens (default)")
     parser.add_argument("--seed", type=int, help="makes sampling repeatable")
+    speculative = parser.add_argument_group("speculative decoding")
+    speculative.add_argument("--speculative", choices=DRAFTS, help="how tokens are drafted (default: not at all)")
+    speculative.add_argument("--draft", metavar="PATH", help="folder of the draft model, the Medusa heads or the EAGLE head")
+    speculative.add_argument("--draft-quantize", choices=QUANT_TYPES, help="hold the draft model's linear layers in 4 bits")
+    speculative.add_argument(
+        "--draft-length", type=positive_int, metavar="N", help="longest draft, or depth of its tree (default 8)"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -41,9 +51,12 @@ def run(args: argparse.Namespace) -> None:
     text = args.chat if args.prompt is None else args.prompt
     text = sys.stdin.read() if text == "-" else text
 
+    if args.draft and args.speculative is None:
+        raise PosttrainError("--draft goes with --speculative draft, medusa or eagle")
     from posttrain.model.generate import generate
 
     model, tokenizer = load_model(args)
+    drafter = None if args.speculative is None else _drafter(args, model, tokenizer)
     if args.chat is not None:
         system = [] if args.system is None else [{"role": "system", "content": args.system}]
         ids = tokenizer.chat([*system, {"role": "user", "content": text}])
@@ -53,21 +66,31 @@ def run(args: argparse.Namespace) -> None:
         raise PosttrainError("the prompt is empty: it has no tokens")
     writer = TokenWriter(tokenizer)
     start = time.perf_counter()
-    outputs = generate(
-        model,
-        [ids],
-        args.max_new_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        stop_ids=() if tokenizer.eos_id is None else (tokenizer.eos_id,),
-        seed=args.seed,
-        on_token=writer,
-    )
+    sampling = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "seed")}
+    stop_ids = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+    report = None
+    if drafter is None:
+        outputs = generate(model, [ids], args.max_new_tokens, **sampling, stop_ids=stop_ids, on_token=writer)
+    else:
+        from posttrain.speculative import engine
+
+        length = args.draft_length or engine.DRAFT_LENGTH
+        outputs, report = engine.generate(
+            model, [ids], args.max_new_tokens, drafter, **sampling, stop_ids=stop_ids, on_token=writer, draft_length=length
+        )
     seconds = time.perf_counter() - start
     writer.finish()
     new = len(outputs[0])
     print(f"{len(ids)} prompt tokens, {new} new in {seconds:.2f} s ({new / seconds:.1f} tokens/s)", file=sys.stderr)
+    if report is not None:
+        print(f"{args.speculative}: {report}", file=sys.stderr)
+
+
+def _drafter(args: argparse.Namespace, model, tokenizer):
+    from posttrain.speculative.drafters import make_drafter
+
+    path = resolve_model(args.draft) if args.draft and args.speculative == "draft" else args.draft
+    return make_drafter(args.speculative, model, tokenizer, path, quantize=args.draft_quantize, any_base=args.any_base)
 
 
 class TokenWriter:

@@ -22,7 +22,7 @@ MAX_GAMMA = 64  # where the search for the best length ends
 
 @dataclass(frozen=True)
 class Plan:
-    """One row of the planner's table: what a draft length is expected to give."""
+    """One row of the planner's table: what a draft length is expected to give. operations: with c for their ratio too."""
 
     alpha: float
     gamma: int
@@ -57,13 +57,20 @@ def best_gamma(alpha: float, c: float, v: Callable[[int], float] = lambda n: 1.0
     return max(range(longest + 1), key=lambda gamma: (expected_speedup(alpha, gamma, c, v), -gamma))
 
 
-def plan(alpha: float, gamma: int, c: float) -> Plan:
-    """ValueError unless 0 <= alpha <= 1, gamma >= 0 and c >= 0."""
-    best = best_gamma(alpha, c)
+def plan(alpha: float, gamma: int | None, c: float, v: Callable[[int], float] = lambda n: 1.0) -> Plan:
+    """gamma None: the best one. ValueError unless 0 <= alpha <= 1, gamma >= 0 and c >= 0."""
+    best = best_gamma(alpha, c, v)
+    gamma = best if gamma is None else gamma
     return Plan(
-        alpha, gamma, c, expected_tokens(alpha, gamma), expected_speedup(alpha, gamma, c), expected_operations(alpha, gamma, c),
-        best, expected_speedup(alpha, best, c),
-    )  # fmt: skip
+        alpha=alpha,
+        gamma=gamma,
+        c=c,
+        tokens=expected_tokens(alpha, gamma),
+        speedup=expected_speedup(alpha, gamma, c, v),
+        operations=expected_operations(alpha, gamma, c),
+        best_gamma=best,
+        best_speedup=expected_speedup(alpha, best, c, v),
+    )
 
 
 def _check(alpha: float, gamma: int, c: float) -> None:
