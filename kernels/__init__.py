@@ -5,7 +5,7 @@ from .logit_filter import logit_filter
 from .lora_linear import lora_linear, lora_linear_group
 from .multi_lora_linear import AdapterSegments, check_adapter_ids, multi_lora_linear, segment_rows
 from .nf4 import dequantize_fp4, dequantize_nf4, quantize_fp4, quantize_nf4
-from .preference_loss import dpo_loss, preference_loss
+from .preference_loss import dpo_loss, kto_loss, preference_loss
 from .quantized_linear import quantized_linear
 from .quantized_weight import QuantizedWeight, quantize_weight
 from .rms_norm import rms_norm
@@ -23,6 +23,7 @@ __all__ = [
     "double_dequantize",
     "double_quantize",
     "dpo_loss",
+    "kto_loss",
     "linear_logprobs",
     "logit_filter",
     "lora_linear",

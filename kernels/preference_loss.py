@@ -139,13 +139,14 @@ torch.library.register_autograd("posttrain::preference_loss", _backward, setup_c
 
 def check_options(loss_type: str, f_divergence: str, beta: float, label_smoothing: float, alpha: float) -> Loss:
     """The loss of that name; ValueError for an unknown one, or for an option that it does not have."""
+    if loss_type == "kto":
+        raise ValueError("loss_type is 'kto', which has no pairs; use kto_loss")
     if loss_type not in LOSSES:
-        raise ValueError(f"loss_type is {loss_type!r}; expected one of {', '.join(LOSSES)}")
+        raise ValueError(f"loss_type is {loss_type!r}; expected one of {', '.join(n for n in LOSSES if not LOSSES[n].unpaired)}")
     if f_divergence not in DIVERGENCES:
         raise ValueError(f"f_divergence is {f_divergence!r}; expected one of {', '.join(DIVERGENCES)}")
     definition = LOSSES[loss_type]
-    if not 0.0 < beta < float("inf"):
-        raise ValueError(f"beta is {beta}; expected a positive number: it divides or scales every margin")
+    _check_beta(beta)
     low, high = definition.smoothing
     if not (low <= label_smoothing < high or label_smoothing == low == 0.0):
         allowed = f"{low} <= label_smoothing < {high}" if high else "0: this loss has no label smoothing"
@@ -157,16 +158,21 @@ def check_options(loss_type: str, f_divergence: str, beta: float, label_smoothin
     return definition
 
 
+def _check_beta(beta: float) -> None:
+    if not 0.0 < beta < float("inf"):
+        raise ValueError(f"beta is {beta}; expected a positive number: it divides or scales every margin")
+
+
 def _check_tensors(given: dict[str, Tensor | None]) -> None:
-    chosen = given["policy_chosen_logps"]
+    first, chosen = next(iter(given.items()))
     assert chosen is not None
     for name, tensor in given.items():
         if tensor is None:
             continue
         if tensor.shape != chosen.shape or tensor.dim() != 1:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected one value a pair, as the others: (B,)")
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected one value a row, as the others: (B,)")
         if tensor.device != chosen.device:
-            raise ValueError(f"{name} is on {tensor.device} and policy_chosen_logps on {chosen.device}; move one to the other")
+            raise ValueError(f"{name} is on {tensor.device} and {first} on {chosen.device}; move one to the other")
         if name.endswith("logps") and (tensor.dtype != chosen.dtype or tensor.dtype not in (torch.float32, torch.float64)):
             raise TypeError(f"{name} is {tensor.dtype}; expected float32 (or float64) like all log-probabilities: sum tokens in it")
 
@@ -248,6 +254,46 @@ def dpo_loss(
     return preference_loss(
         policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, "sigmoid", label_smoothing
     )
+
+
+def kto_loss(
+    policy_logps: Tensor,
+    ref_logps: Tensor,
+    labels: Tensor,
+    kl: Tensor | None = None,
+    beta: float = 0.1,
+    *,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """(losses, rewards), each (B,), of completions that people called desirable or not; differentiable in policy_logps.
+
+        r = log pi(y) - log pi_ref(y)
+        losses = w_D (1 - sigmoid(beta (r - kl))) of desirable ones, w_U (1 - sigmoid(beta (kl - r))) of undesirable ones
+
+    (Ethayarajh et al., arXiv:2402.01306, eq. 7 and 8). policy_logps, ref_logps: float32 (B,), sums over each completion's tokens.
+    labels: bool (B,), desirable. kl: float32 (), the policy's divergence from the reference, held at 0 from below and without
+    gradient; its estimate is the mean of r over completions of other prompts. Without kl the point of comparison is 0, which
+    is "apo_zero_unpaired" (D'Oosterlinck et al., arXiv:2408.06266). Rewards are beta r.
+
+    An undesirable completion is the rejected one of a pair whose chosen one is the point of comparison: the pair's kernel serves.
+    Raises ValueError for shapes that differ, weights below 0 or beta not above it; TypeError for other dtypes.
+    """
+    _check_beta(beta)
+    _check_tensors({"policy_logps": policy_logps, "ref_logps": ref_logps, "labels": labels})
+    if labels.dtype != torch.bool:
+        raise TypeError(f"labels are {labels.dtype}; expected bool: whether each completion is desirable")
+    if not (desirable_weight >= 0 and undesirable_weight >= 0):
+        raise ValueError(f"the weights are {desirable_weight} and {undesirable_weight}; expected at least 0")
+    zero = torch.zeros_like(policy_logps)
+    point = zero if kl is None else kl.detach().to(zero.dtype).clamp(min=0).expand_as(zero)
+    weights = zero.masked_fill(labels, desirable_weight).masked_fill(~labels, undesirable_weight)
+    losses, _, _, _, _ = torch.ops.posttrain.preference_loss(
+        torch.where(labels, policy_logps, point), torch.where(labels, point, policy_logps),
+        torch.where(labels, ref_logps, zero), torch.where(labels, zero, ref_logps),
+        None, None, weights, "kto", "reverse_kl", beta, 0.0, 0.0, 0.5,
+    )  # fmt: skip
+    return losses, _reward(policy_logps, ref_logps, beta)
 
 
 def aot_variants() -> Iterator[Variant]:

@@ -187,6 +187,13 @@ def sft(c, j, d, beta, e, t):
     return -c, c * 0.0 - 1.0, 0.0, 0.0
 
 
+@triton.jit
+def kto(c, j, d, beta, e, t):
+    """Ethayarajh et al. (KTO), arXiv:2402.01306, eq. 8: 1 - sigmoid(beta d), of a completion and what it is compared with."""
+    miss = tl.sigmoid(-beta * d)
+    return miss, 0.0, 0.0, -beta * miss * tl.sigmoid(beta * d)
+
+
 _TENSORS = {
     "tl": SimpleNamespace(exp=torch.exp, log=torch.log, sigmoid=torch.sigmoid, where=torch.where),
     "log1p": torch.log1p,
@@ -231,6 +238,7 @@ class Loss(NamedTuple):
     divergence: bool = False  # defined with f-divergences other than the reverse KL
     smoothing: tuple[float, float] = (0.0, 0.0)  # label_smoothing from, and below
     arrange: Callable[..., tuple[Tensor, Tensor, Tensor | None, Tensor | None]] = _as_given
+    unpaired: bool = False  # of single completions with a label: `kto_loss`
 
 
 LOSSES = {
@@ -253,6 +261,7 @@ LOSSES = {
     "sigmoid_norm": Loss(sigmoid, "scores", divergence=True, smoothing=(0.0, 0.5)),
     "simpo": Loss(simpo, "logps", reference=False, divergence=True, smoothing=(0.0, 0.5)),
     "orpo": Loss(orpo, "logps", reference=False),
+    "kto": Loss(kto, unpaired=True),
 }
 DIVERGENCES = {
     "reverse_kl": reverse_kl,

@@ -220,3 +220,38 @@ def preference_loss(
         d_chosen[m] += weights[k] * dc
         d_rejected[m if name == "aot" else n] += weights[k] * (-dc if name == "aot" else dj)
     return losses, *rewards, d_chosen, d_rejected
+
+
+def kto_loss(policy, ref, labels, kl, beta, desirable_weight=1.0, undesirable_weight=1.0):
+    """Ethayarajh et al. (KTO), arXiv:2402.01306, eq. 7 and 8, a completion at a time: (losses, rewards, dlosses/dpolicy).
+
+    value(y) = sigmoid(b (r - z)) where y is desirable, sigmoid(b (z - r)) where not; loss = weight (1 - value). z is `kl` held at
+    0 from below, a constant. z = 0 throughout: D'Oosterlinck et al., arXiv:2408.06266, APO-zero without pairs.
+    """
+    losses, rewards, slopes = [], [], []
+    point = max(kl, 0.0)
+    for log_pi, log_ref, desirable in zip(policy, ref, labels, strict=True):
+        r = log_pi - log_ref
+        x = beta * (r - point) if desirable else beta * (point - r)
+        weight, sign = (desirable_weight, 1.0) if desirable else (undesirable_weight, -1.0)
+        losses.append(weight * sigmoid(-x))  # 1 - sigmoid(x)
+        slopes.append(-weight * sign * beta * sigmoid(x) * sigmoid(-x))
+        rewards.append(beta * r)
+    return losses, rewards, slopes
+
+
+def length_desensitized(token_logps, other_length, ld_alpha):
+    """Liu et al. (LD-DPO), arXiv:2409.06411, eq. 11: tokens past the other completion's length count ld_alpha times."""
+    total = 0.0
+    for t, logp in enumerate(token_logps):
+        total += logp if t < other_length else ld_alpha * logp
+    return total
+
+
+def policy_weight(token_logps, probs):
+    """Zhou et al. (WPO), arXiv:2406.11827, eq. 2, with its alignment by sampled likelihood: exp of the mean over a completion's
+    tokens of log p[y_t] - log sum_v p_t[v]^2. A pair weighs the product of its two."""
+    total = 0.0
+    for logp, distribution in zip(token_logps, probs, strict=True):
+        total += logp - math.log(math.fsum(p * p for p in distribution))
+    return math.exp(total / len(token_logps))

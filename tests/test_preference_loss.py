@@ -13,15 +13,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tolerance import assert_as_accurate
 
-from posttrain.kernels import dpo_loss, preference_loss
+from posttrain.kernels import dpo_loss, kto_loss, preference_loss
 from posttrain.kernels.preference_loss import preference_loss_triton
 from posttrain.kernels.preference_losses import DIVERGENCES, LOSSES
 from posttrain.reference import preference_loss as oracle
 
 PARAMETER = {"simpo": 0.5, "discopop": 0.05}
-CASES = [
+OF_THE_OP = [
     (name, divergence) for name in LOSSES for divergence in DIVERGENCES if divergence == "reverse_kl" or LOSSES[name].divergence
 ]
+CASES = [(name, divergence) for name, divergence in OF_THE_OP if not LOSSES[name].unpaired]
 
 
 def _smoothing(name):
@@ -81,7 +82,7 @@ def _check_float32(launch, B: int) -> None:
     """The error against float64 is at most twice PyTorch's in float32, or twice what a unit in the inputs' last place changes: no
     evaluation in float32 of these exponentials can be asked for more."""
     batch = _batch(B)
-    for name, divergence in CASES:
+    for name, divergence in OF_THE_OP:
         arguments = _written_apart(name, divergence, *batch)
         exact, plain = _op(arguments), _op(arguments, torch.float32)
         nudged = _op(arguments, nudge=torch.finfo(torch.float32).eps)
@@ -156,8 +157,51 @@ def test_alphapo_is_simpo_with_the_alpha_divergence():
     assert torch.allclose(losses, expected, rtol=64 * torch.finfo(torch.float64).eps)
 
 
+def _kto(logps, labels, kl, dtype=torch.float64):
+    """losses, rewards and the gradient of the losses' sum; desirable completions weigh 1.5, undesirable 0.5."""
+    policy = logps[0].to(dtype).requires_grad_()
+    point = None if kl is None else torch.tensor(kl, dtype=dtype)
+    losses, rewards = kto_loss(
+        policy, logps[1].to(dtype), labels, point, beta=0.3, desirable_weight=1.5, undesirable_weight=0.5
+    )  # fmt: skip
+    (gradient,) = torch.autograd.grad(losses.sum(), policy)
+    return losses.detach(), rewards, gradient
+
+
+@pytest.mark.parametrize("kl", (2.5, 0.0, -1.0, None))
+def test_kto_is_the_oracle_s(kl):
+    (policy, ref, *_), _, _ = _batch(9, torch.float64, spread=3.0)
+    labels = torch.arange(9) % 3 == 0
+    exact = oracle.kto_loss(policy.tolist(), ref.tolist(), labels.tolist(), kl or 0.0, 0.3, 1.5, 0.5)
+    for ours, right in zip(_kto((policy, ref), labels, kl), exact, strict=True):
+        bound = 64 * torch.finfo(torch.float64).eps
+        assert torch.allclose(ours, torch.tensor(right, dtype=torch.float64), rtol=bound, atol=bound)
+
+
+def test_kto_s_point_of_comparison_takes_no_gradient_and_extremes_stay_finite():
+    labels, ref = torch.tensor([True, False, True, False]), torch.zeros(4)
+    policy, kl = torch.tensor([1e4, 1e4, -1e4, -1e4]).requires_grad_(), torch.tensor(1.0, requires_grad=True)
+    losses, rewards = kto_loss(policy, ref, labels, kl)
+    losses.sum().backward()
+    assert kl.grad is None and torch.isfinite(policy.grad).all() and not rewards.requires_grad
+    assert losses.tolist() == [0.0, 1.0, 1.0, 0.0]
+
+
+def test_kto_refusals():
+    one, labels = torch.zeros(2), torch.tensor([True, False])
+    for changes, message in (
+        ({"beta": 0.0}, "expected a positive number"),
+        ({"ref_logps": torch.zeros(3)}, "ref_logps has shape"),
+        ({"desirable_weight": -1.0}, "the weights are -1.0 and 1.0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            kto_loss(**{"policy_logps": one, "ref_logps": one, "labels": labels} | changes)
+    with pytest.raises(TypeError, match=r"labels are torch\.int64; expected bool"):
+        kto_loss(one, one, labels.long())
+
+
 def test_opcheck_and_compile():
-    for name in ("sigmoid", "ipo", "orpo"):
+    for name in ("sigmoid", "ipo", "orpo", "kto"):
         logps, lengths, weights = _batch(6)
         arguments = list(_written_apart(name, "reverse_kl", logps, lengths, weights))
         torch.library.opcheck(torch.ops.posttrain.preference_loss, tuple(arguments))
@@ -182,6 +226,7 @@ def test_refusals():
     logps, lengths, _ = _batch(4)
     for options, message in (
         ({"loss_type": "dpo"}, "expected one of sigmoid"),
+        ({"loss_type": "kto"}, "use kto_loss"),
         ({"f_divergence": "tv"}, "expected one of reverse_kl"),
         ({"beta": 0.0}, "expected a positive number"),
         ({"beta": -0.1}, "expected a positive number"),

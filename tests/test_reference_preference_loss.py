@@ -82,3 +82,31 @@ def test_extreme_ratios_stay_finite(name, ratio):
                 [chosen], [rejected], [0.0], [0.0], 0.1, name, SMOOTHED.get(name, 0.0), 0.05, [1.0], [1.0], None, divergence
             )
             assert all(math.isfinite(values[0]) for values in result)
+
+
+def test_kto_by_hand():
+    """Log-ratios 3 and -1 against a point of 1: beta 0.5 gives sigmoid(1) for the desirable, sigmoid(1) for the undesirable."""
+    losses, rewards, slopes = oracle.kto_loss([-5.0, -9.0], [-8.0, -8.0], [True, False], 1.0, 0.5, 2.0, 1.0)
+    miss = 1 / (1 + math.e)
+    assert losses == [pytest.approx(2 * miss), pytest.approx(miss)] and rewards == [1.5, -0.5]
+    assert slopes == [pytest.approx(-2 * 0.5 * miss * (1 - miss)), pytest.approx(0.5 * miss * (1 - miss))]
+    assert oracle.kto_loss([-5.0], [-8.0], [True], -4.0, 0.5) == oracle.kto_loss([-5.0], [-8.0], [True], 0.0, 0.5)
+
+
+def test_kto_s_derivatives_are_finite_differences():
+    h, labels = 1e-5, [True, False, True]
+    *_, slopes = oracle.kto_loss(CHOSEN, REF_CHOSEN, labels, 0.4, 0.3, 1.5, 0.5)
+    for k in range(3):
+        ends = [
+            oracle.kto_loss([p + s * (i == k) for i, p in enumerate(CHOSEN)], REF_CHOSEN, labels, 0.4, 0.3, 1.5, 0.5)[0][k]
+            for s in (h, -h)
+        ]
+        assert (ends[0] - ends[1]) / (2 * h) == pytest.approx(slopes[k], rel=1e-6)
+
+
+def test_lengths_and_weights_by_hand():
+    assert oracle.length_desensitized([-1.0, -2.0, -4.0], 2, 0.5) == -5.0
+    assert oracle.length_desensitized([-1.0], 2, 0.5) == -1.0
+    # log 0.5 - log(0.5^2 + 0.5^2) = 0, and log 0.9 - log(0.81 + 0.01)
+    weight = oracle.policy_weight([math.log(0.5), math.log(0.9)], [[0.5, 0.5], [0.9, 0.1]])
+    assert weight == pytest.approx(math.sqrt(0.9 / 0.82), rel=1e-15)
