@@ -1,12 +1,15 @@
 """Log-probabilities of 2,048 tokens through SmolLM2's head (V = 49,152, H = 576) in bfloat16, forward and backward, head frozen.
 
-Beside the plain expression, log_softmax of whole logits, and TRL's chunked function in tiles of 32,768 words. Then the
-memory that each takes beyond its inputs, in a process of its own, at two numbers of tokens.
+Beside the plain expression, log_softmax of whole logits, and TRL's chunked function in tiles of 32,768 words. Then DPO's loss
+of 4 pairs of 256 tokens from policy's and reference's hidden states, beside Liger's fused linear DPO. Then the memory that each
+takes beyond its inputs, in a process of its own, at two numbers of tokens.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import itertools
 import statistics
 import subprocess
 import sys
@@ -39,6 +42,48 @@ if importlib.util.find_spec("trl"):
     CANDIDATES["TRL chunked"] = trl
 
 
+LENGTH = 256  # tokens of a completion
+
+
+def dpo(hidden, ref_hidden, weight, labels):
+    """The mean loss of pairs: rows of LENGTH tokens, all chosen ones first; beta 0.1."""
+    with torch.no_grad():
+        ref = kernels.linear_logprobs(ref_hidden, weight, labels).view(2, -1, LENGTH).sum(2)
+    policy = kernels.linear_logprobs(hidden, weight, labels).view(2, -1, LENGTH).sum(2)
+    return kernels.dpo_loss(*policy, *ref)[0].mean()
+
+
+def plain_dpo(hidden, ref_hidden, weight, labels):
+    policy, ref = (plain(h, weight, labels).view(2, -1, LENGTH).sum(2) for h in (hidden, ref_hidden))
+    (chosen, rejected), (ref_chosen, ref_rejected) = policy, ref
+    return -torch.nn.functional.logsigmoid(0.1 * (chosen - ref_chosen - rejected + ref_rejected)).mean()
+
+
+@functools.cache
+def _liger(compiled: bool):
+    from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
+
+    return LigerFusedLinearDPOLoss(compiled=compiled)
+
+
+def liger_dpo(hidden, ref_hidden, weight, labels, compiled: bool = True):
+    rows = (t.view(-1, LENGTH, H) for t in (hidden, ref_hidden))
+    policy, ref = rows
+    return _liger(compiled)(weight, policy, labels.view(-1, LENGTH), ref_input=ref, ref_weight=weight)[0]
+
+
+DPO = {"posttrain": dpo, "plain": plain_dpo}
+if importlib.util.find_spec("liger_kernel"):
+    DPO |= {"Liger compiled": liger_dpo, "Liger": functools.partial(liger_dpo, compiled=False)}
+
+
+def dpo_step(name: str, hidden, weight, labels, ref_hidden):
+    hidden.grad = None
+    loss = DPO[name](hidden, ref_hidden, weight, labels)
+    loss.backward()
+    return loss.detach(), hidden.grad
+
+
 def inputs(tokens: int):
     torch.manual_seed(0)
     hidden = torch.randn(tokens, H).bfloat16().requires_grad_()
@@ -52,20 +97,21 @@ def step(name: str, hidden, weight, labels):
     return logprobs.detach(), hidden.grad
 
 
-def memory(name: str, tokens: int) -> float:
-    """MiB that a step adds to the peak of a fresh process that has already made a small one."""
-    command = [sys.executable, __file__, "--one", name, str(tokens)]
+def memory(what: str, name: str, tokens: int) -> float:
+    """MiB that a step ("logprobs" or "dpo") adds to the peak of a fresh process that has already made a small one."""
+    command = [sys.executable, __file__, "--one", what, name, str(tokens)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(done.stdout.split()[-1])
 
 
-def one(name: str, tokens: int) -> None:
+def one(what: str, name: str, tokens: int) -> None:
     torch.set_num_threads(2)
-    step(name, *inputs(8))
+    run = {"logprobs": step, "dpo": lambda name, *given: dpo_step(name, *given, torch.randn_like(given[0]).detach())}[what]
+    run(name, *inputs(2 * LENGTH))
     given = inputs(tokens)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is held now
     before = resident("VmRSS")
-    step(name, *given)
+    run(name, *given)
     print(resident("VmHWM") - before)
 
 
@@ -73,6 +119,19 @@ def resident(field: str) -> float:
     """MiB of this process that are in memory now (VmRSS), or were at the most (VmHWM)."""
     status = Path("/proc/self/status").read_text()
     return int(status.partition(f"{field}:")[2].split()[0]) / 1024
+
+
+def compare_dpo(options) -> dict:
+    given = (*inputs(N), torch.randn(N, H).bfloat16())
+    results = {name: dpo_step(name, *given) for name in DPO}
+    hidden, weight, labels, ref_hidden = given
+    wide = hidden.detach().float().requires_grad_(), weight.float(), labels, ref_hidden.float()
+    exact = dpo_step("plain", *wide)[1]
+    errors = {name: ((grad.float() - exact).norm() / exact.norm()).item() for name, (_, grad) in results.items()}
+    print("DPO's gradient against float32:", ", ".join(f"{name} {error:.2e}" for name, error in errors.items()))
+    assert errors["posttrain"] <= 2 * errors["plain"], "less accurate than plain PyTorch"
+    times = _bench.in_turn({name: lambda name=name: dpo_step(name, *given) for name in DPO}, options)
+    return _bench.row(f"DPO of {N // LENGTH // 2} pairs, H={H} V={V}", times, 2 * (2 * N + V) * H, _bench.bandwidth(options))
 
 
 def main() -> None:
@@ -91,15 +150,17 @@ def main() -> None:
         given[0].detach() @ given[1].t()
     product = (time.perf_counter() - start) / 3 * 1e3
     print(f"{'':34} one product alone takes {product:.0f} ms; two are the limit of any way")
+    rows.append(compare_dpo(options))
     peaks = {}
-    for tokens in (N // 4, N):
-        taken = peaks[tokens] = {name: statistics.median(memory(name, tokens) for _ in range(3)) for name in CANDIDATES}
-        print(f"memory beyond the inputs, N={tokens}: " + ", ".join(f"{name} {m:.0f} MiB" for name, m in taken.items()))
+    for (what, names), tokens in itertools.product((("logprobs", CANDIDATES), ("dpo", DPO)), (N // 4, N)):
+        taken = {name: statistics.median(memory(what, name, tokens) for _ in range(3)) for name in names}
+        peaks[f"{what} {tokens}"] = taken
+        print(f"memory beyond the inputs, {what}, N={tokens}: " + ", ".join(f"{name} {m:.0f} MiB" for name, m in taken.items()))
     _bench.save("linear_logprobs", rows, options, {"product_milliseconds": product, "memory_MiB": peaks, **cpu.describe()})
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--one"]:
-        one(sys.argv[2], int(sys.argv[3]))
+        one(*sys.argv[2:4], int(sys.argv[4]))
     else:
         main()
