@@ -1,7 +1,8 @@
 """Completions in packed rows: what preference losses and policies need of each is the log-probabilities of its own tokens.
 
-Each prompt with its completion is one segment (posttrain/packing.py): several share a row where they fit beside the longest,
-none sees another, and the sums are those of each on its own. Beside the rows stands which completion each labelled token is of.
+Each prompt with its completion is one segment (posttrain/packing.py). All stand in one row without a token of padding, or, where
+they have one length, in a row each; none sees another, and the sums are those of each on its own. Beside the rows stands which
+completion each labelled token is of.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .data import IGNORE_INDEX, Example
-from .packing import best_fit_decreasing, collate
+from .packing import collate
 
 Sequences = Sequence[tuple[list[int], list[int]]]  # (prompt, completion) in token ids
 
@@ -58,7 +59,7 @@ def collate_completions(sequences: Sequences, normalizer: int | None = None, pad
     lengths = [len(prompt) + len(completion) for prompt, completion in sequences]
     if not all(prompt and completion for prompt, completion in sequences):
         raise ValueError("a prompt or a completion has no token; expected at least one in each")
-    rows = best_fit_decreasing(lengths, max(lengths))
+    rows = [[i] for i in range(len(lengths))] if len(set(lengths)) == 1 else [list(range(len(lengths)))]
     examples = [Example(prompt + completion, [IGNORE_INDEX] * len(prompt) + completion) for prompt, completion in sequences]
     batch = collate([[examples[i] for i in row] for row in rows], pad_id)
     order = [i for row in rows for i in row]

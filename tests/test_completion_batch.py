@@ -31,12 +31,11 @@ def alone(model, prompt, completion):
     return picked, -(whole.exp() * whole).sum(1), (2 * whole).logsumexp(1)
 
 
-def test_rows_hold_every_sequence_and_little_padding():
+def test_no_padding_between():
     some = sequences(9)
     batch = collate_completions(some)
-    longest = max(len(p) + len(c) for p, c in some)
-    assert batch.input_ids.shape[1] == longest and batch.input_ids.shape[0] < len(some)
-    assert batch.num_tokens == sum(len(p) + len(c) for p, c in some) and batch.normalizer == len(some)
+    assert batch.input_ids.shape == (1, batch.num_tokens) and batch.normalizer == len(some)
+    assert batch.num_tokens == sum(len(p) + len(c) for p, c in some)
     assert batch.lengths.tolist() == [len(c) for _, c in some]
     labels = batch.labels[:, 1:]
     ids = batch.padded(labels[labels != -100].double())

@@ -19,7 +19,9 @@ from .functional import rms_norm, swiglu
 from .fused import FusedLinear
 from .kv_cache import KVCache, Prefix, Recorder
 from .rope import RotaryTable, apply_rope
+from .segments import Segments
 
+Mask = Tensor | Segments | None  # added to the scores; None: plain causal attention
 Seen = KVCache | Prefix | Recorder  # what a layer writes keys and values to, and gets those that its queries see from
 
 
@@ -67,7 +69,7 @@ class Attention(nn.Module):
         self.fused: FusedLinear | None = None
         self._heads = config.num_attention_heads, config.num_key_value_heads
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: Seen | None) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Mask, cache: Seen | None) -> Tensor:
         B, T, _ = x.shape
         q, k, v = self._project(x, rope)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -75,7 +77,10 @@ class Attention(nn.Module):
             k, v = cache.write(self.layer, k, v)
         if T == 1:
             return self.o_proj(_attend_one(q, k, v, mask, self.window))
-        y = attention(q, k, v, mask)
+        if isinstance(mask, Segments):
+            y = mask.together(attention(mask.apart(q), mask.apart(k), mask.apart(v)))
+        else:
+            y = attention(q, k, v, mask)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
     def _project(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -132,7 +137,7 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: Seen | None) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Mask, cache: Seen | None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -234,7 +239,7 @@ class CausalLM(nn.Module):
         else:
             rope = self._rope.gather(position_ids, x.dtype)
         places = self._places(past, position_ids, valid, segment_ids, tree_mask) if self._windowed else None
-        masks = self._masks(past, T, valid, segment_ids, x, places, tree_mask)
+        masks = self._masks(past, T, valid, segment_ids, x, places, tree_mask, alone=seen is None)
         for i, (layer, window) in enumerate(zip(self.model.layers, self.config.windows, strict=True)):
             if states is not None and i in states:
                 states[i] = x
@@ -312,14 +317,19 @@ class CausalLM(nn.Module):
         x: Tensor,
         places: Tensor | None = None,
         tree_mask: Tensor | None = None,
-    ) -> dict[int | None, Tensor | None]:
-        """For each window in use, what is added to the scores (B or 1, 1, T, S); None: plain causal attention."""
-        masks: dict[int | None, Tensor | None] = {}
+        alone: bool = False,
+    ) -> dict[int | None, Mask]:
+        """For each window in use, what is added to the scores (B or 1, 1, T, S); None: plain causal attention. Segments where the
+        tokens are `alone`, with neither a cache nor virtual tokens before them, and one packed row."""
+        masks: dict[int | None, Mask] = {}
         S = past + T
         for window in set(self.config.windows):
             whole = window is None or S <= window
             if valid is None and segment_ids is None and tree_mask is None and (T == 1 or (past == 0 and whole)):
                 masks[window] = None
+                continue
+            if alone and T > 1 and segment_ids is not None and valid is None and (segments := Segments.of(segment_ids, window)):
+                masks[window] = segments
                 continue
             rows = torch.arange(past, S, device=x.device)[:, None]
             columns = torch.arange(S, device=x.device)
