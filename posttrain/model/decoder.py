@@ -75,10 +75,10 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.write(self.layer, k, v)
-        if T == 1:
-            return self.o_proj(_attend_one(q, k, v, mask, self.window))
         if isinstance(mask, Segments):
             y = mask.together(attention(mask.apart(q), mask.apart(k), mask.apart(v)))
+        elif T == 1:
+            return self.o_proj(_attend_one(q, k, v, mask, self.window))
         else:
             y = attention(q, k, v, mask)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
