@@ -25,6 +25,7 @@ from .data import IGNORE_INDEX
 from .errors import PosttrainError
 from .model.decoder import CausalLM
 from .preference_data import Pair, digest
+from .statistics import format_p, mcnemar, wilson_interval
 from .trainer import Loss, TrainConfig, TrainResult, train
 
 HEAD = "score"  # the name that Hugging Face's models for sequence classification and PEFT have for it
@@ -62,7 +63,9 @@ def scores(model: CausalLM, batch: CompletionBatch) -> Tensor:
 
 
 @torch.no_grad()
-def score(model: CausalLM, sequences: Sequences, batch_size: int = 16) -> Tensor:
+def score(
+    model: CausalLM, sequences: Sequences, batch_size: int = 16, progress: Callable[[int, int], None] | None = None
+) -> Tensor:
     """Float32 (N,) on the CPU: the rewards of (prompt, completion) in token ids, by the adapter that acts."""
     was_training = model.training
     model.eval()
@@ -72,6 +75,8 @@ def score(model: CausalLM, sequences: Sequences, batch_size: int = 16) -> Tensor
     for start in range(0, len(order), batch_size):
         part = order[start : start + batch_size]
         rewards[part] = scores(model, collate_completions([sequences[i] for i in part]).to(device)).cpu()
+        if progress:
+            progress(start + len(part), len(order))
     model.train(was_training)
     return rewards
 
@@ -188,8 +193,35 @@ def load_reward_model(model: CausalLM, path: str | os.PathLike, name: str = "rew
         raise
 
 
-def pair_accuracy(model: CausalLM, pairs: Sequence[Pair], batch_size: int = 8) -> list[bool]:
-    """For each pair whether the chosen completion's reward exceeds the rejected one's."""
-    sequences = [(p.prompt, ids) for p in pairs for ids in (p.chosen, p.rejected)]
-    chosen, rejected = score(model, sequences, 2 * batch_size).view(-1, 2).unbind(1)
-    return (chosen > rejected).tolist()
+@dataclass(frozen=True)
+class ScoreAccuracy:
+    """chosen, rejected: scores float32 (pairs,)."""
+
+    chosen: Tensor
+    rejected: Tensor
+
+    @property
+    def correct(self) -> list[bool]:
+        """Pair by pair, whether the chosen completion scores higher."""
+        return (self.chosen > self.rejected).tolist()
+
+    @property
+    def p_value(self) -> float:
+        """Two-sided exact p of as many right by chance alone, each pair with one half."""
+        right = sum(self.correct)
+        return mcnemar(right, len(self.correct) - right)[0]
+
+    def __str__(self) -> str:
+        right, n = sum(self.correct), len(self.correct)
+        low, high = wilson_interval(right, n)
+        return f"{right / n:.3f} [{low:.3f}, {high:.3f}] of {n} pairs (chance 0.5, p {format_p(self.p_value)})"
+
+
+def score_accuracy(
+    model: CausalLM, pairs: Sequence[Pair], batch_size: int = 16, progress: Callable[[int, int], None] | None = None
+) -> ScoreAccuracy:
+    """How often the reward model that acts scores the chosen completion higher. ValueError for no pairs."""
+    if not pairs:
+        raise ValueError("no pairs to measure on")
+    sequences = [(p.prompt, p.chosen) for p in pairs] + [(p.prompt, p.rejected) for p in pairs]
+    return ScoreAccuracy(*score(model, sequences, batch_size, progress).chunk(2))

@@ -18,7 +18,7 @@ from posttrain.completion_batch import collate_completions
 from posttrain.errors import PosttrainError
 from posttrain.preference_data import Pair
 from posttrain.reference import reward as oracle
-from posttrain.reward import add_score_head, load_reward_model, pair_accuracy, reward_loss, score, scores, train_reward_model
+from posttrain.reward import add_score_head, load_reward_model, reward_loss, score, score_accuracy, scores, train_reward_model
 from posttrain.trainer import TrainConfig
 
 CASES = [(None, 0.0), ([0.5, -1.0, 2.0], 0.0), ([0.5, -1.0, 2.0], 0.3)]
@@ -107,7 +107,9 @@ def _trained(folder, model=None, **options):
 
 def test_it_learns_what_was_preferred(tmp_path):
     model, result = _trained(tmp_path)
-    assert sum(pair_accuracy(model, _pairs(40, seed=9))) >= 36  # of 40 unseen ones; by chance once in 10^7
+    found = score_accuracy(model, _pairs(40, seed=9))
+    assert sum(found.correct) >= 36 and found.p_value < 1e-6  # of 40 unseen ones
+    assert str(found).startswith(f"{sum(found.correct) / 40:.3f} [0.")
     entry = result.metrics[-1]
     assert {"accuracy", "margin", "min_reward", "mean_reward", "max_reward"} <= entry.keys()
     assert entry["min_reward"] < entry["mean_reward"] < entry["max_reward"] and entry["margin"] > 0

@@ -12,7 +12,22 @@ import sys
 from collections.abc import Sequence
 
 import posttrain
-from posttrain.cli import adapters, doctor, dpo, evaluate, fetch, generate, merge_adapter, quantize, quickstart, sft, speculative
+from posttrain.cli import (
+    adapters,
+    doctor,
+    dpo,
+    evaluate,
+    fetch,
+    generate,
+    grpo,
+    merge_adapter,
+    ppo,
+    quantize,
+    quickstart,
+    reward,
+    sft,
+    speculative,
+)
 from posttrain.errors import PosttrainError
 
 _EPILOG = """\
@@ -35,7 +50,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"posttrain {posttrain.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (quickstart, fetch, sft, dpo, adapters, generate, speculative, evaluate, merge_adapter, quantize, doctor):
+    for module in (
+        quickstart, fetch, sft, dpo, reward, ppo, grpo, adapters, generate, speculative, evaluate, merge_adapter, quantize, doctor,
+    ):  # fmt: skip
         command = commands.add_parser(
             module.__name__.rpartition(".")[2].replace("_", "-"),
             help=module.HELP,

@@ -16,6 +16,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -156,21 +157,15 @@ def optimize(
             items = [i for part in step_items(config, step, len(prompts)) for i in part for _ in range(sampling.num_generations)]
             rollouts = collect(model, tokenizer, prompts, items, reward, sampling, stop_id, config.seed * 1_000_003 + step)
             batch_size = config.per_device_train_batch_size * sampling.num_generations
-            rollouts = _measured(model, rollouts, sampling.temperature, batch_size, head, method.measures, device)
+            rollouts = measured(model, rollouts, sampling.temperature, batch_size, head, method.measures, device)
             rollouts, entry = method.prepare(rollouts, kl_coef)
             seen: dict[str, list[float]] = defaultdict(list)
             for number, chunk in enumerate(_updates(len(items), method, config.seed * 1_000_003 + step)):
                 parts = [chunk[i : i + batch_size] for i in range(0, len(chunk), batch_size)]
                 update = Update(len(chunk), int(rollouts.lengths[chunk].sum()))
                 batches = [rollouts.part(part) for part in parts]
-                losses, norm, told = accumulate(
-                    model,
-                    batches,
-                    lambda m, b, update=update: method.loss_sum(m, b, update),
-                    parameters,
-                    config.max_grad_norm,
-                    device,
-                )
+                loss_sum = partial(method.loss_sum, update=update)
+                losses, norm, told = accumulate(model, batches, loss_sum, parameters, config.max_grad_norm, device)
                 if not all(map(math.isfinite, (*losses, norm))):
                     optimizer.zero_grad()
                     raise PosttrainError(_not_finite(step + 1, number + 1, math.fsum(losses), norm, folder))
@@ -261,7 +256,7 @@ def collect(
 
 
 @torch.no_grad()
-def _measured(
+def measured(
     model: CausalLM,
     rollouts: Rollouts,
     temperature: float,
@@ -272,6 +267,7 @@ def _measured(
 ) -> Rollouts:
     """With ref_logps by token and, where `own`, the policy's logps, entropy and values as they are before it learns."""
     found: dict[str, list[Tensor]] = defaultdict(list)
+    was_training = model.training
     model.eval()
     for start in range(0, len(rollouts.sequences), batch_size):
         batch = rollouts.part(range(start, min(start + batch_size, len(rollouts.sequences)))).completions.to(device)
@@ -283,7 +279,7 @@ def _measured(
             found["entropy"].append(entropy)
             if values is not None:
                 found["values"].append(values)
-    model.train()
+    model.train(was_training)
     return replace(rollouts, by_token={name: torch.cat(parts).cpu() for name, parts in found.items()})
 
 
