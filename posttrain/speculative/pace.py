@@ -17,7 +17,8 @@ from .planner import expected_tokens
 from .report import Report
 
 clock = time.perf_counter
-MARGIN = 0.04  # of the time that plain decoding would take, up to AHEAD tokens from now
+MARGIN = 0.03  # of the time that plain decoding would take, up to AHEAD tokens from now
+PROMPT_MARGIN = 0.02  # of the time that plain decoding would take, to let the drafter read the prompts
 AHEAD = 64
 REMEMBERED = 9  # times of a kind, of which the median counts
 FORGETTING = 0.9  # of the acceptance counts, a step
@@ -31,7 +32,7 @@ PLAIN_EVERY = 64  # passes after which a plain one is timed anew
 class _Times:
     """Seconds by size (tokens of a pass, tokens drafted): medians of the last few, sizes between and beyond by lines.
 
-    growth: what a size more costs beyond the largest known, of that one's seconds; None: in proportion, from nothing at 0.
+    growth: what a size more costs while but one is known, of that one's seconds; None: in proportion, from nothing at 0.
     """
 
     def __init__(self, growth: float | None = None):
@@ -49,7 +50,9 @@ class _Times:
         if below is None:
             return known[above] if above is not None else 0.0
         if above is None:
-            return known[below] * (1 + (1 / max(below, 1) if self.growth is None else self.growth) * (size - below))
+            least = min(known)
+            slope = (known[below] - known[least]) / (below - least) if below > least else known[below] * (self.growth or 0.0)
+            return known[below] + max(slope, 0.0) * (size - below)
         share = (size - below) / (above - below)
         return known[below] * (1 - share) + known[above] * share
 
@@ -89,7 +92,7 @@ class Pace:
         plain = self.passes[rows].at(1)
         if self.affordable is None:
             whole = self.prompt_seconds + self.max_new_tokens * plain
-            self.affordable = self.prompt_cost * self.prompt_seconds <= MARGIN * whole
+            self.affordable = self.prompt_cost * self.prompt_seconds <= PROMPT_MARGIN * whole
         length = self._length(limit, rows) if self.affordable else 0
         if length:
             allowed = MARGIN * (self.report.seconds + min(max(caps), AHEAD) * plain)
@@ -100,6 +103,8 @@ class Pace:
 
     def _length(self, limit: int, rows: int) -> int:
         """The best length; where that is 0, a short one when it is time to try again."""
+        known = max(self.passes[rows].seconds) - 1
+        limit = min(limit, max(2 * known, PROBE))  # what longer ones cost is too far from anything measured
         best = max(range(limit + 1), key=lambda g: expected_tokens(self.alpha, g) / self._seconds(rows, g))
         if best:
             self.rest, self.resting, self.probing = 0, 0, False
@@ -117,7 +122,10 @@ class Pace:
 
     def _seconds(self, rows: int, length: int) -> float:
         """Seconds of a step with drafts of this length."""
-        return self.drafting[rows].at(length) + self.passes[rows].at(self.width.get(length, length + 1))
+        drafting = self.drafting[rows].at(length)
+        if len(self.drafting[rows].seconds) == 1:  # not measured: what the prompts' tokens cost it is a first guess
+            drafting = self.prompt_cost * length * self.passes[rows].at(1)
+        return drafting + self.passes[rows].at(self.width.get(length, length + 1))
 
     def stepped(
         self, num: list[int], depth: list[int], accepted: list[int], width: int, draft_seconds: float, seconds: float
