@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adapters import active_adapter, base_fingerprint
 from .completion_batch import CompletionBatch, collate_completions
 from .errors import PosttrainError
 from .kernels import preference_loss
@@ -24,10 +23,10 @@ from .kernels.preference_losses import LOSSES
 from .model.decoder import CausalLM
 from .preference_data import Pair, digest
 from .preference_weights import completion_logps, wpo_weights
-from .reference_logps import FILE, Progress, cached, identity_of, measure, reference_logprobs, reference_of
+from .reference_logps import Progress, measure, reference_logprobs
+from .reference_training import train_against_reference
 from .token_logprobs import collision_logprobs, completion_logprobs, head_logprobs, labelled_hidden
-from .trained_model import attach_for_training, check_lengths, free_weights, save_trained
-from .trainer import TrainConfig, TrainResult, train
+from .trainer import TrainConfig, TrainResult
 
 # Methods whose papers add the chosen completion's likelihood to a loss, and have no reference.
 PAPERS = {"cpo": ("sigmoid", "sft"), "orpo": ("orpo", "sft")}
@@ -192,51 +191,23 @@ def dpo(
     preference = preference or PreferenceConfig()
     if not pairs:
         raise PosttrainError("the training data holds no pairs")
-    check_lengths(model, adapter, max(len(p) + len(c) for p, c in pair_sequences(pairs)), max_length)
-    _check_reference(model, ref_model, preference)
-    is_base = adapter is not None and active_adapter(model) is None
-    trained = attach_for_training(model, adapter, config.seed)
-    with_adapter = ref_model is None and not is_base
-    about = {
-        "data": digest(pairs),
-        "reference": identity_of(ref_model or model, with_adapter) if preference.needs_reference else "none",
-        "ld_alpha": str(preference.ld_alpha),
-    }
-    refs: Sequence[Tensor | None] = [None] * len(pairs)
-    if preference.needs_reference and (precompute_ref or ref_cache is not None or with_adapter):
-        compute = partial(_reference_pair_logps, model, ref_model, with_adapter, pairs, preference.ld_alpha)
-        refs = list(cached(ref_cache or Path(config.output_dir) / FILE, about, len(pairs), compute))
-    identity = about | {
-        "preference": asdict(preference),
-        "adapter": asdict(trained) if trained else None,
-        "base": base_fingerprint(model),
-    }
-    if trained is None:
-        free_weights(model)
-    loss = partial(pair_loss, preference=preference, ref_model=ref_model)
-    items = list(zip(pairs, refs, strict=True))
-    result = train(
-        model, items, partial(collate_pairs, pad_id=pad_id), loss, config,
-        resume=resume, identity=identity, quiet=quiet, on_step=on_step,
-    )  # fmt: skip
-    save_trained(model, trained, config)
-    return result
-
-
-def _reference_pair_logps(
-    model: CausalLM, ref_model: CausalLM | None, with_adapter: bool, pairs: Sequence[Pair], ld_alpha: float | None
-) -> Tensor:
-    with reference_of(model, model if with_adapter else ref_model) as reference:
-        return pair_logps(reference, pairs, ld_alpha)
-
-
-def _check_reference(model: CausalLM, ref_model: CausalLM | None, preference: PreferenceConfig) -> None:
-    if ref_model is None:
-        return
-    if not preference.needs_reference:
-        raise PosttrainError(f"{', '.join(preference.terms)} needs no reference model; leave ref_model out")
-    if ref_model is model:
-        raise PosttrainError("ref_model is the model to train; leave it out: the reference is then the model as it is now")
-    if ref_model.config.vocab_size != model.config.vocab_size:
-        sizes = f"{ref_model.config.vocab_size} tokens and the model {model.config.vocab_size}"
-        raise PosttrainError(f"ref_model knows {sizes}; expected a model with the same tokenizer")
+    return train_against_reference(
+        model,
+        pairs,
+        config,
+        adapter,
+        {"preference": asdict(preference)},
+        collate=partial(collate_pairs, pad_id=pad_id),
+        loss=partial(pair_loss, preference=preference, ref_model=ref_model),
+        measure=partial(pair_logps, pairs=pairs, ld_alpha=preference.ld_alpha),
+        about={"data": digest(pairs), "ld_alpha": str(preference.ld_alpha)},
+        longest=max(len(prompt) + len(completion) for prompt, completion in pair_sequences(pairs)),
+        max_length=max_length,
+        needs_reference=preference.needs_reference,
+        ref_model=ref_model,
+        precompute_ref=precompute_ref,
+        ref_cache=ref_cache,
+        resume=resume,
+        quiet=quiet,
+        on_step=on_step,
+    )

@@ -34,7 +34,7 @@ def test_trains_measures_and_resumes(capsys, data, tmp_path):
     )
     options = ["--data", pairs, "--eval-data", held_out, "--output", tmp_path / "out", "--max-steps", 4, "--batch-size", 2]
     code, out, err = run(capsys, *options, "--loss-type", "sigmoid,sft", "--loss-weights", "1,0.1", "--precompute-ref")
-    assert code == 0 and out.splitlines()[-1] == str(tmp_path / "out") and "4 pairs to learn from, 1 held out" in err
+    assert code == 0 and out.splitlines()[-1] == str(tmp_path / "out") and "4 pairs to learn from, 1 pairs held out" in err
     assert out.startswith("by reward: 1.000 [") and "by likelihood: " in out
     assert {"adapter_model.safetensors", "metrics.jsonl", "reference_logps.safetensors"} <= {
         f.name for f in (tmp_path / "out").iterdir()
@@ -50,6 +50,16 @@ def test_an_adapter_goes_on(capsys, data, tmp_path):
     assert run(capsys, "--data", pairs, "--output", tmp_path / "one", "--max-steps", 1)[0] == 0
     code, out, _ = run(capsys, "--adapter", tmp_path / "one", "--data", pairs, "--output", tmp_path / "two", "--max-steps", 1)
     assert code == 0 and (tmp_path / "two" / "reference_logps.safetensors").exists()
+
+
+def test_completions_without_pairs(capsys, data, tmp_path):
+    rows = [{"prompt": f"The {thing} is", "completion": " fine.", "label": thing != "sun"} for thing in ("sea", "sky", "sun")]
+    options = ["--loss-type", "kto", "--output", tmp_path / "out", "--max-steps", 2, "--desirable-weight", 0.5]
+    code, out, err = run(capsys, "--data", data("labelled.jsonl", *rows), *options)
+    assert code == 0 and "3 completions to learn from" in err and out.strip() == str(tmp_path / "out")
+    assert "kl" in json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[-1])
+    code, _, err = run(capsys, "--data", data("labelled.jsonl", *rows), "--output", tmp_path / "other")
+    assert code == 1 and '"chosen", "rejected" missing' in err
 
 
 @pytest.mark.parametrize(

@@ -253,7 +253,7 @@ def test_refusals(tmp_path):
         dpo(model, [], **run)
     with pytest.raises(PosttrainError, match="the longest example has 70 tokens; max_length is None and the model's context 64"):
         dpo(model, [Pair([5] * 60, [6] * 10, [7])], **run)
-    with pytest.raises(PosttrainError, match="sft needs no reference model"):
+    with pytest.raises(PosttrainError, match="this loss needs no reference model"):
         dpo(model, pairs(), **run, preference=PreferenceConfig(loss_type="sft"), ref_model=random_model())
     with pytest.raises(PosttrainError, match="leave it out"):
         dpo(model, pairs(), **run, ref_model=model)

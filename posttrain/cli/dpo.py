@@ -69,11 +69,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def preference_of(args: argparse.Namespace) -> Any:
-    """The PreferenceConfig that the options say. PosttrainError where they do not go together."""
+    """The PreferenceConfig, or for completions without pairs the KtoConfig, that the options say. PosttrainError where they do not
+    go together."""
+    from posttrain.kto import KtoConfig
     from posttrain.preference import PreferenceConfig
 
     names = args.loss_type.split(",")
     try:
+        if args.loss_type in UNPAIRED:
+            return KtoConfig(args.loss_type, args.beta, args.desirable_weight, args.undesirable_weight)
         weights = None if args.loss_weights is None else [float(weight) for weight in args.loss_weights.split(",")]
         return PreferenceConfig(
             loss_type=names[0] if len(names) == 1 else names,
@@ -113,6 +117,7 @@ def read(name: str, tokenizer: Tokenizer, args: argparse.Namespace, paired: bool
 def run(args: argparse.Namespace) -> None:
     from posttrain.adapters.recipes import RECIPES
     from posttrain.cli.quantize import copy_tokenizer
+    from posttrain.kto import kto
     from posttrain.pair_accuracy import pair_accuracy
     from posttrain.preference import dpo, pair_logps
     from posttrain.trained_model import model_folder
@@ -129,18 +134,19 @@ def run(args: argparse.Namespace) -> None:
             with open(name, "rb"):  # a wrong path is told before the model is loaded
                 pass
     model, tokenizer = load_model(args)
-    pairs = read(args.data, tokenizer, args)
+    paired = args.loss_type not in UNPAIRED
+    data = read(args.data, tokenizer, args, paired)
     held_out = read(args.eval_data, tokenizer, args) if args.eval_data else []
-    print(f"{len(pairs)} pairs to learn from, {len(held_out)} held out", file=sys.stderr)
+    print(f"{len(data)} {'pairs' if paired else 'completions'} to learn from, {len(held_out)} pairs held out", file=sys.stderr)
     ref_model = _ref_model(args)
     before = None
     if held_out:
         with progress_bar("reference on held-out pairs") as progress:
             before = pair_logps((ref_model or model).eval(), held_out, progress=progress)
     try:
-        dpo(
+        (dpo if paired else kto)(
             model,
-            pairs,
+            data,
             config,
             adapter,
             preference,

@@ -1,0 +1,93 @@
+"""KTO: losses of completions on their own, the divergence from other prompts' completions, references of every kind."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from model_cases import random_model
+from preference_run import pairs, settings
+
+from posttrain.adapters import LoraConfig, adapter_parameters, attach, disabled
+from posttrain.errors import PosttrainError
+from posttrain.kto import KtoConfig, collate_labelled, kto, labelled_loss, with_mismatched
+from posttrain.preference_data import Unpaired, unpair
+from posttrain.reference import preference_loss as oracle
+
+CONFIG = KtoConfig(beta=0.3, desirable_weight=1.5, undesirable_weight=0.5)
+
+
+def alone(model, prompt, completion):
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + completion]))[0, len(prompt) - 1 : -1]
+        return logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None]).sum().item()
+
+
+@pytest.mark.parametrize("loss_type", ["kto", "apo_zero_unpaired"])
+def test_the_loss_of_a_batch_is_the_oracle_s(loss_type):
+    examples = unpair(pairs(3))
+    model = random_model(dtype=torch.float64, num_hidden_layers=1)
+    attach(model, LoraConfig(r=2, init_lora_weights=False), dtype=torch.float64)
+    items = with_mismatched(examples, 64)
+    if loss_type != "kto":
+        items = [type(item)(item.example, None) for item in items]
+    batch = collate_labelled([(item, None) for item in items])
+    loss, told = labelled_loss(model, batch, KtoConfig(loss_type, 0.3, 1.5, 0.5))
+
+    def ratio(prompt, completion):
+        with_adapter = alone(model, prompt, completion)
+        with disabled(model):
+            return with_adapter, alone(model, prompt, completion)
+
+    policy, ref = zip(*(ratio(e.prompt, e.completion) for e in examples), strict=True)
+    kl = 0.0
+    if loss_type == "kto":
+        apart = [ratio(item.example.prompt, item.other) for item in items]
+        kl = sum(one - other for one, other in apart) / len(apart)
+        assert told["kl"][0].item() == pytest.approx(max(kl, 0.0), abs=1e3 * torch.finfo(torch.float64).eps)
+    losses, rewards, _ = oracle.kto_loss(policy, ref, [e.label for e in examples], kl, 0.3, 1.5, 0.5)
+    eps = torch.finfo(torch.float32).eps
+    assert loss.item() == pytest.approx(sum(losses), rel=eps)
+    chosen = [reward for reward, e in zip(rewards, examples, strict=True) if e.label]
+    assert told["rewards/chosen"][0].item() == pytest.approx(sum(chosen), rel=64 * eps) and told["rewards/chosen"][1] == len(chosen)
+
+
+def test_the_other_completion_is_of_another_prompt():
+    examples = [Unpaired([1], [10], True), Unpaired([1], [11, 12, 13], False), Unpaired([2, 3], [14], True)]
+    assert [item.other for item in with_mismatched(examples, 4)] == [[14], [14], [10]]
+    assert with_mismatched(examples[1:], 4)[1].other == [11, 12]  # beside a longer prompt, cut
+    with pytest.raises(PosttrainError, match="all prompts are the same"):
+        with_mismatched(examples[:2], 4)
+
+
+def test_training_raises_the_desirable_above_the_undesirable(tmp_path):
+    model = random_model()
+    changes = {"max_steps": 16, "per_device_train_batch_size": 8, "save_steps": 0}
+    result = kto(model, unpair(pairs()), settings(tmp_path, **changes), LoraConfig(r=4), CONFIG, quiet=True)
+    last = result.metrics[-1]
+    assert last["rewards/chosen"] > 0 > last["rewards/rejected"] and last["loss"] < result.metrics[0]["loss"]
+    assert {"kl", "logps/chosen", "logps/rejected", "entropy"} <= last.keys() and last["kl"] >= 0
+
+
+def test_a_reference_on_disk_gives_the_same_training(tmp_path):
+    found = []
+    for precompute in (False, True):
+        torch.manual_seed(0)
+        model = random_model(dtype=torch.float64, num_hidden_layers=1)
+        run = settings(tmp_path / str(precompute), max_steps=3)
+        result = kto(model, unpair(pairs(4)), run, LoraConfig(r=2), CONFIG, precompute_ref=precompute, quiet=True)
+        found.append(torch.tensor([entry["loss"] for entry in result.metrics], dtype=torch.float64))
+        assert all(p.isfinite().all() for p in adapter_parameters(model).values())
+    largest = 5 * max(len(e.completion) for e in unpair(pairs(4)))  # nats of a completion
+    assert (found[0] - found[1]).abs().max() <= 3 * largest * torch.finfo(torch.float32).eps
+
+
+def test_refusals(tmp_path):
+    for options, message in (
+        ({"loss_type": "sigmoid"}, "expected one of kto, apo_zero_unpaired"),
+        ({"beta": 0}, "beta is 0; expected a positive number"),
+        ({"desirable_weight": -1}, "expected at least 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            KtoConfig(**options)
+    with pytest.raises(PosttrainError, match="holds no completions"):
+        kto(random_model(), [], settings(tmp_path), LoraConfig(r=2))
