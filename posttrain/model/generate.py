@@ -28,7 +28,8 @@ def generate(
 ) -> list[list[int]]:
     """The new tokens of each prompt, in order, without the stop token that ended it.
 
-    prompts: token ids; of unequal length they are padded on the left and run together. on_token(row, token) is called
+    prompts: token ids; of unequal length they are padded on the left and run together. One that is given several times goes
+    through the layers once, and is continued as often. on_token(row, token) is called
     for every token as it is chosen, stop tokens excepted. seed fixes the draws (of the whole batch); None draws from
     torch's own generator.
 
@@ -45,8 +46,10 @@ def generate(
         return outputs
     weight = model.model.embed_tokens.weight
     longest = max(map(len, prompts))
-    cache = KVCache(model.config, len(prompts), longest + max_new_tokens - 1, weight.dtype, weight.device)
-    input_ids, attention_mask = left_pad(prompts, longest, weight.device)
+    # Each row's adapter is its own, so with adapter_ids every prompt goes its own way.
+    read = prompts if adapter_ids is not None else list(dict.fromkeys(map(tuple, prompts)))
+    cache = KVCache(model.config, len(read), longest + max_new_tokens - 1, weight.dtype, weight.device)
+    input_ids, attention_mask = left_pad(read, longest, weight.device)
     generator = None if seed is None else torch.Generator(weight.device).manual_seed(seed)
     was_training = model.training
     if was_training:
@@ -58,6 +61,11 @@ def generate(
         with request_adapters(model, adapter_ids, len(prompts), weight.device) as batch, fused_projections(model):
             for step in range(max_new_tokens):
                 hidden = model.hidden(input_ids, attention_mask=attention_mask, cache=cache)
+                if step == 0 and len(read) < len(prompts):
+                    place = {ids: i for i, ids in enumerate(read)}
+                    owners = torch.tensor([place[tuple(ids)] for ids in prompts], device=weight.device)
+                    cache.select(owners)
+                    hidden = hidden[owners]
                 chosen = sample(model.head(hidden[:, -1]), temperature, top_k, top_p, generator)
                 for i, token in enumerate(chosen.tolist()):
                     if not running[i]:

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from posttrain.completion_batch import CompletionBatch, collate_completions
 from posttrain.model.decoder import CausalLM
 from posttrain.model.generate import generate
-from posttrain.token_logprobs import head_logprobs, labelled_hidden
+from posttrain.token_logprobs import head_logprobs
+
+from .shared_prompts import SharedBatch, collate
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Rollouts:
         starts = (self.lengths.cumsum(0) - self.lengths).tolist()
         places = torch.cat([torch.arange(starts[i], starts[i] + int(self.lengths[i])) for i in indices])
         return RolloutBatch(
-            collate_completions([self.sequences[i] for i in indices], pad_id=pad_id),
+            collate([self.sequences[i] for i in indices], pad_id),
             {name: values[places] for name, values in self.by_token.items()},
             {name: values[list(indices)] for name, values in self.by_completion.items()},
             len(indices),
@@ -45,7 +46,7 @@ class Rollouts:
 class RolloutBatch:
     """Completions that go through the model together, with their part of what was measured."""
 
-    completions: CompletionBatch
+    completions: SharedBatch
     by_token: dict[str, Tensor]
     by_completion: dict[str, Tensor]
     normalizer: int
@@ -75,15 +76,14 @@ def draw(
 
 
 def policy(
-    model: CausalLM, batch: CompletionBatch, temperature: float = 1.0, value_head: nn.Linear | None = None
+    model: CausalLM, batch: SharedBatch, temperature: float = 1.0, value_head: nn.Linear | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(log-probabilities, entropies, values or None) of the completions' tokens, float32 (tokens,), one completion after another.
 
     Log-probabilities are of the distribution that was drawn from, softmax(logits / temperature); the value of a token is read
     off the hidden state that its distribution is.
     """
-    hidden, labels = labelled_hidden(model, batch)
-    order = (batch.owner * (int(batch.lengths.max()) + 1) + batch.place).argsort()
-    hidden, labels = hidden[order], labels[order]
-    logps, entropy = head_logprobs(model, hidden if temperature == 1 else hidden / temperature, labels, return_entropy=True)
+    hidden = model.hidden(batch.input_ids, batch.position_ids, tree_mask=batch.tree_mask).flatten(0, 1)[batch.before]
+    scaled = hidden if temperature == 1 else hidden / temperature
+    logps, entropy = head_logprobs(model, scaled, batch.labels, return_entropy=True)
     return logps, entropy, None if value_head is None else value_head(hidden.float())[:, 0]
