@@ -1,15 +1,15 @@
-"""Speculative decoding at batch 1 on prompts of four kinds, each engine beside plain decoding and beside transformers, in turn.
+"""Speculative decoding at batch 1 on prompts of four kinds: each engine, plain decoding and transformers, in turn.
 
-First what decides: v(n), a target's pass over n tokens over one over one. Then every prompt is continued greedily by each contender in
-turn, in one process. Agreement is checked first: ours must be plain decoding's tokens; where bf16 lets two tokens tie, what follows may
-differ, and the first difference must be such a tie (the two logits as near as bf16 pass widths disagree on the same position).
+First what decides: v(n), a target's pass over n tokens over one over one. Then every prompt is continued greedily by each contender
+in turn, in one process. Agreement is checked first: ours must be plain decoding's tokens. Where bf16 lets two tokens tie, what
+follows differs; a first difference must be such a tie, the two logits no farther apart than passes of different widths put them.
 
     python benchmarks/bench_speculative.py [--quantize nf4] [--draft PATH] [--medusa PATH] [--eagle PATH] [--tokens 64] [--rounds 1]
         [--cpu-time] [--threads 2] [--json FILE]
 
-tokens/pass: tokens a pass of the target yields. alpha: accepted of examined drafts. speedup: seconds of our plain decoding over the
-contender's, medians over rounds, summed over a kind's prompts; and of transformers' plain decoding. --cpu-time takes processor time of
-one thread: fairer on a machine that other processes share.
+tokens/pass: tokens a pass of the target yields. alpha: accepted of examined drafts. Speedups: seconds of plain decoding, ours and
+transformers', over the contender's, medians over rounds, summed over a kind's prompts. --cpu-time takes processor time of one
+thread: fairer on a machine that other processes share.
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ def pass_costs(model: CausalLM, rounds: int = 9) -> dict[int, float]:
 def contenders(model: CausalLM, tokenizer: Tokenizer, path: Path, options: argparse.Namespace) -> dict[str, Callable]:
     """name -> (prompt, count) -> (tokens, Report or None)."""
 
-    def ours(drafter, length: int = engine.DRAFT_LENGTH) -> Callable:
+    def ours(drafter) -> Callable:
         def run(prompt: list[int], count: int) -> tuple[list[int], Report]:
-            outputs, report = engine.generate(model, [prompt], count, drafter, draft_length=length)
+            outputs, report = engine.generate(model, [prompt], count, drafter)
             return outputs[0], report
 
         return run

@@ -49,11 +49,11 @@ class Account:
 # kind -> (whether they are chat messages, prompts)
 PROMPTS: dict[str, tuple[bool, list[str]]] = {
     "copying": (
-        True,
+        False,
         [
-            f"Write out the following letter again, word for word, changing nothing.\n\n{_LETTER}",
-            f"Copy this report exactly as it is and correct any spelling mistakes you find in it.\n\n{_REPORT}",
-            f"Summarize this report by quoting its most important sentences word for word.\n\n{_REPORT}",
+            f"The letter as it was sent:\n\n{_LETTER}\n\nThe same letter, word for word, as it was read out at the meeting:\n\n",
+            f"First draft of the report:\n\n{_REPORT}\n\nFinal version, with the name of the river spelled Alderne:\n\n",
+            f"Report:\n\n{_REPORT}\n\nThe report's most important sentences, quoted:\n\n",
         ],
     ),
     "code": (

@@ -15,7 +15,7 @@ def requests(*texts: list[int], cap: int = 100) -> Requests:
     return Requests([list(text) for text in texts], [cap] * len(texts), torch.zeros(len(texts)), torch.zeros(len(texts)))
 
 
-def searched(text: list[int], limit: int, longest: int = 3, shortest: int = 1) -> list[int]:
+def searched(text: list[int], limit: int, longest: int = 4, shortest: int = 1) -> list[int]:
     """The obvious search, from the end."""
     for n in range(longest, shortest - 1, -1):
         for end in range(len(text) - 1, n - 1, -1):
@@ -23,7 +23,7 @@ def searched(text: list[int], limit: int, longest: int = 3, shortest: int = 1) -
                 repeated = list(text)
                 while len(repeated) < end + limit:
                     repeated.append(repeated[len(repeated) - (len(text) - end)])
-                return repeated[end : end + limit]
+                return repeated[end : end + min(limit, 2**n)]
     return []
 
 

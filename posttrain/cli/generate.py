@@ -40,9 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     speculative.add_argument("--speculative", choices=DRAFTS, help="how tokens are drafted (default: not at all)")
     speculative.add_argument("--draft", metavar="PATH", help="folder of the draft model, the Medusa heads or the EAGLE head")
     speculative.add_argument("--draft-quantize", choices=QUANT_TYPES, help="hold the draft model's linear layers in 4 bits")
-    speculative.add_argument(
-        "--draft-length", type=positive_int, metavar="N", help="longest draft, or depth of its tree (default 8)"
-    )
+    speculative.add_argument("--draft-length", type=positive_int, metavar="N", help="longest draft, or depth of its tree")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -74,9 +72,15 @@ def run(args: argparse.Namespace) -> None:
     else:
         from posttrain.speculative import engine
 
-        length = args.draft_length or engine.DRAFT_LENGTH
         outputs, report = engine.generate(
-            model, [ids], args.max_new_tokens, drafter, **sampling, stop_ids=stop_ids, on_token=writer, draft_length=length
+            model,
+            [ids],
+            args.max_new_tokens,
+            drafter,
+            **sampling,
+            stop_ids=stop_ids,
+            on_token=writer,
+            draft_length=args.draft_length,
         )
     seconds = time.perf_counter() - start
     writer.finish()

@@ -28,7 +28,7 @@ from .interface import FINAL, Drafter, Proposal, Requests
 from .report import Report
 from .typical import accept_typical
 
-DRAFT_LENGTH = 8  # the longest draft, unless told otherwise
+LONGEST, FIXED = 16, 5  # drafts, unless told otherwise: where their length is decided from step to step, and where it is not
 
 
 @torch.inference_mode()
@@ -45,7 +45,7 @@ def generate(
     on_token: Callable[[int, int], None] | None = None,
     adapter_ids: Sequence[str | None] | None = None,
     *,
-    draft_length: int = DRAFT_LENGTH,
+    draft_length: int | None = None,
     adaptive: bool = True,
     typical: tuple[float, float] | None = None,
 ) -> tuple[list[list[int]], Report]:
@@ -54,9 +54,9 @@ def generate(
     At temperature 0 the tokens are those of plain decoding; otherwise they have its distribution, not its draws. seed: one
     for each prompt, which then gives it the same tokens alone and in any batch, or one of which theirs are made.
 
-    draft_length: the longest draft; of a tree, its depth. adaptive: how long drafts are, and whether there are any, is decided
-    from measured acceptance and times (pace.py), so that it is not slower than plain decoding; a seed with temperature > 0 rules
-    that out, since draws depend on where drafts begin: they are then all draft_length long.
+    draft_length: the longest draft (default 16, or 5 where every draft is as long as it may be); of a tree, its depth. adaptive:
+    how long drafts are, and whether there are any, is decided from measured acceptance and times (pace.py), so that it is not
+    slower than plain decoding; a seed with temperature > 0 rules that out, since draws depend on where drafts begin.
 
     typical: LOSSY. (epsilon, alpha) of Medusa's typical acceptance (typical.py), of trees, where temperature > 0.
 
@@ -64,6 +64,9 @@ def generate(
     """
     check_sampling(temperature, top_k, top_p)
     check_prompts(model, prompts, max_new_tokens)
+    adaptive = adaptive and (seed is None or temperature == 0)
+    if draft_length is None:
+        draft_length = LONGEST if adaptive else FIXED
     if draft_length < 1:
         raise ValueError(f"draft_length is {draft_length}; expected at least 1 token (plain decoding is posttrain.model.generate)")
     report = Report()
@@ -79,7 +82,7 @@ def generate(
                 [list(prompt) for prompt in prompts], [0] * len(prompts), _seeds(seed, len(prompts), device),
                 torch.zeros(len(prompts), dtype=torch.int64, device=device), temperature, top_k, top_p, device,
             )  # fmt: skip
-            decider = pace.Pace(draft_length, adaptive and (seed is None or temperature == 0), drafter.prompt_cost, report)
+            decider = pace.Pace(draft_length, adaptive, drafter.prompt_cost, report)
             run = _Run(model, requests, drafter, decider, outputs, max_new_tokens, frozenset(stop_ids), on_token, batch, typical)
             run.start(prompts)
             while run.rows:
