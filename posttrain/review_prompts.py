@@ -1,7 +1,8 @@
-"""Prompts made of the scored reviews, to practise on: a task with a verifiable answer, and openings for a reward model to judge.
+"""What to practise on, made of the scored reviews: a task with a verifiable answer; openings, and pairs for their reward model.
 
     sentiment   a review, after one answered example; the answer, one word and a new line, is the sign of people's score
-    openings    what the pairs derived from the reviews begin with (review_pairs.py) and a review's first words, to be continued
+    openings    a positive review is asked for, and its first words are given (of any review), to be continued
+    positive    pairs DERIVED from the scores, which nobody compared: under that request the positive review is the chosen one
 
 The example is one short review of the training split, so that the answer's form is told and most of the prompt is the question.
 Prompts are made within a split (reviews.py): no text, nor a near-duplicate of one, crosses from train to test.
@@ -39,10 +40,19 @@ def sentiment(reviews: Iterable[Review], train: Sequence[Review]) -> list[dict[s
 
 
 def openings(reviews: Iterable[Review]) -> list[dict[str, Any]]:
-    """Rows with "prompt": a sentiment that is asked for, every other one negative, and the first words of a review of either."""
+    """Rows with "prompt": the request for a positive review, and the first words of one of either sentiment."""
     long = [review for review in reviews if len(review.text.split()) > OPENING]
-    begun = (" ".join(review.text.split()[:OPENING]) for review in long)
-    return [{"prompt": f"{review_pairs.prompt(LABELS[i % 2])} {words}"} for i, words in enumerate(begun)]
+    return [{"prompt": f"{review_pairs.prompt(LABELS[1])} {' '.join(review.text.split()[:OPENING])}"} for review in long]
+
+
+def positive(reviews: Sequence[Review]) -> list[dict[str, Any]]:
+    """Rows with "prompt", "chosen", "rejected" and "margin": the pairs of review_pairs.py, all turned to the same request, so that
+    a reward model need not compare text and request."""
+    asked = review_pairs.prompt(LABELS[1])
+    pairs = [vars(pair) for pair in review_pairs.review_pairs(reviews)]
+    turned = ((p["chosen"], p["rejected"]) if p["prompt"] == asked else (p["rejected"], p["chosen"]) for p in pairs)
+    both = zip(pairs, turned, strict=True)
+    return [{"prompt": asked, "chosen": chosen, "rejected": rejected, "margin": p["margin"]} for p, (chosen, rejected) in both]
 
 
 def to_jsonl(rows: Iterable[dict[str, Any]], path: str | os.PathLike) -> Path:

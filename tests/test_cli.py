@@ -13,7 +13,10 @@ import pytest
 
 from posttrain import cli, offline
 
-COMMANDS = ("quickstart", "fetch", "sft", "dpo", "adapters", "generate", "evaluate", "merge-adapter", "quantize", "doctor")
+COMMANDS = (
+    "quickstart", "fetch", "sft", "dpo", "reward", "ppo", "grpo", "adapters", "generate", "evaluate", "merge-adapter", "quantize",
+    "doctor",
+)  # fmt: skip
 
 
 def run(capsys, *argv: object) -> tuple[int, str, str]:

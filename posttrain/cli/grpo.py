@@ -2,7 +2,7 @@
 
 Each line of --data holds {"prompt"}, text or chat messages, and what the reward reads, such as "answer". sentiment:train and
 openings:train (or :validation, :test) stand for prompts made of the fetched movie reviews: a review to be classified, with its
-answer, and a review's first words to be continued in a sentiment that is asked for.
+answer, and a review's first words to be continued as a positive one.
 
 --loss-type and the other settings have TRL's names. --advantages rloo --loss-type rloo is leave-one-out REINFORCE. The
 reference is the base, the adapter off; --beta weighs the divergence from it, which is always shown. To go on from a fine-tuned

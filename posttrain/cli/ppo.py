@@ -2,7 +2,7 @@
 
 Each line of --data holds {"prompt"}, text or chat messages, and what the reward reads, such as "answer". sentiment:train and
 openings:train (or :validation, :test) stand for prompts made of the fetched movie reviews: a review to be classified, with its
-answer, and a review's first words to be continued in a sentiment that is asked for.
+answer, and a review's first words to be continued as a positive one.
 
 --reward-model takes what `posttrain reward` trained: it, the policy, the value head and the reference (the base, the adapter
 off) share one copy of the base. Settings have TRL's names. To go on from a fine-tuned adapter, merge it into the base first
@@ -21,8 +21,7 @@ EXAMPLES = """\
 examples:
   echo '{"prompt": "Review: dull\\nSentiment:", "answer": "negative"}' > prompts.jsonl
   posttrain ppo --model offline --data prompts.jsonl --output my-ppo --max-steps 4 --max-completion-length 4
-  posttrain ppo --model smollm2-135m --reward-model my-reward --data openings:train --eval-data openings:test \\
-    --output my-ppo --max-steps 30 --max-completion-length 16
+  posttrain ppo --model smollm2-135m --reward-model my-reward --data openings:train --output my-ppo --max-completion-length 16
 """
 
 

@@ -12,6 +12,7 @@ from posttrain.errors import PosttrainError
 
 if TYPE_CHECKING:
     from posttrain.model.tokenizer import Tokenizer
+    from posttrain.reviews import Review
     from posttrain.rl.loop import Method, Sampling
     from posttrain.rl.prompts import Prompt
     from posttrain.rl.rewards import Reward
@@ -51,19 +52,26 @@ def read_prompts(name: str, tokenizer: Tokenizer, max_length: int | None = None)
     """The prompts of a file, or made of the reviews."""
     from posttrain.rl.prompts import encode_prompt, load_prompts
 
-    task, _, split = name.partition(":")
+    task = name.partition(":")[0]
     if task not in TASKS:
         return load_prompts(name, tokenizer, max_length)
-    from posttrain.fetch import fetch
     from posttrain.review_prompts import openings, sentiment
+
+    reviews, train = split_of(name)
+    rows = sentiment(reviews, train) if task == "sentiment" else openings(reviews)
+    return [encode_prompt(row, tokenizer) for row in rows]
+
+
+def split_of(name: str) -> tuple[tuple[Review, ...], tuple[Review, ...]]:
+    """The reviews of the split that a name such as sentiment:test ends in, and those of the training split."""
+    from posttrain.fetch import fetch
     from posttrain.reviews import Splits, load_reviews
 
+    task, _, split = name.partition(":")
     if split not in Splits._fields:
         raise PosttrainError(f"{name}: expected {', '.join(f'{task}:{field}' for field in Splits._fields)}")
     splits = load_reviews(fetch("reviews"))
-    reviews = getattr(splits, split)
-    rows = sentiment(reviews, splits.train) if task == "sentiment" else openings(reviews)
-    return [encode_prompt(row, tokenizer) for row in rows]
+    return getattr(splits, split), splits.train
 
 
 def sampling_of(args: argparse.Namespace) -> Sampling:

@@ -105,7 +105,7 @@ def ppo_advantages(settings: PPOConfig, rollouts: Rollouts, kl_coef: float) -> t
     """Rewards by token from scores and divergence, advantages and returns from these and the values."""
     by_token, scores = rollouts.by_token, rollouts.by_completion["rewards"]
     if settings.missing_eos_penalty is not None:
-        scores = scores - settings.missing_eos_penalty * ~rollouts.ended
+        scores = scores - settings.missing_eos_penalty * (~rollouts.ended).to(scores.dtype)
     kl = kl_estimate(by_token["logps"], by_token["ref_logps"], settings.kl_estimator)
     rewards = token_rewards(scores, kl, rollouts.lengths, kl_coef)
     if settings.whiten_rewards:
