@@ -26,7 +26,7 @@ KINDS = ("draft", "medusa", "eagle")
 HELP = "train a truncated draft, Medusa heads or an EAGLE head for a model"
 EXAMPLES = """\
 examples:
-  posttrain speculative train-draft --kind medusa --model offline --output offline-medusa --own-prompts 0 --epochs 3
+  posttrain speculative train-draft --kind medusa --model offline --output offline-medusa --epochs 3
   posttrain speculative train-draft --kind medusa --model smollm2-135m --data smollm2.jsonl --output medusa
   posttrain speculative train-draft --kind eagle --model smollm2-135m --data smollm2.jsonl --output eagle --resume
   posttrain speculative train-draft --kind draft --model smollm2-135m --data smollm2.jsonl --output draft --layers 4
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = parser.add_argument_group("what the model continues")
     text.add_argument("--data", metavar="FILE", help="its continuations; made where absent (default OUTPUT/continuations.jsonl)")
     text.add_argument("--prompts", metavar="FILE", help="JSON lines with a prompt each, instead of these two:")
-    text.add_argument("--own-prompts", type=int, default=160, metavar="N", help="chat messages it makes up (default %(default)s)")
+    text.add_argument("--own-prompts", type=int, metavar="N", help="chat messages it makes up (default 160; offline: 0)")
     text.add_argument("--reviews", type=int, default=96, metavar="N", help="film reviews (default %(default)s)")
     text.add_argument("--max-new-tokens", type=positive_int, default=96, metavar="N", help="of each (default %(default)s)")
     draft = parser.add_argument_group("the draft")
@@ -72,6 +72,8 @@ def run(args: argparse.Namespace) -> None:
     from posttrain.speculative.truncated import spread_layers
     from posttrain.trainer import TrainConfig
 
+    if args.own_prompts is None:
+        args.own_prompts = 0 if args.model == "offline" else 160
     if args.vocab_size < 0 or args.own_prompts < 0 or args.reviews < 0:
         raise PosttrainError("--vocab-size, --own-prompts and --reviews must be 0 or more")
     if args.kind == "draft" and args.quantize:

@@ -84,7 +84,7 @@ def own_prompts(
     while len(prompts) < count:
         if tries > 2 * count + 4 * batch_size:
             raise PosttrainError(f"of {tries} messages that the model began it ended {len(prompts)}; give prompts instead")
-        texts = generate(model, [opening] * batch_size, max_tokens, 0.8, top_p=0.95, stop_ids=[tokenizer.eos_id], seed=seed + tries)
+        texts = generate(model, [opening] * batch_size, max_tokens, 0.8, stop_ids=[tokenizer.eos_id], seed=seed + tries)
         ended = [tokenizer.decode(text).strip() for text in texts if 4 <= len(text) < max_tokens]
         prompts += [tokenizer.chat([{"role": "user", "content": text}]) for text in dict.fromkeys(ended) if text]
         tries += batch_size

@@ -27,8 +27,8 @@ class DraftCache:
 
     def __init__(self, head: EagleHead, count: int):
         config, weight = head.config, head.head
-        self.lengths = [0] * count
-        self._data = weight.new_empty((2, count, config.num_key_value_heads, 256, config.head_dim))
+        self.lengths = [0] * count  # what is masked must be finite all the same, hence zeros
+        self._data = weight.new_zeros((2, count, config.num_key_value_heads, 256, config.head_dim))
         self._start: list[int] = self.lengths
 
     def place(self, ahead: int, count: int) -> int:
