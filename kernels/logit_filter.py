@@ -14,12 +14,63 @@ Least bytes: a row read once, 2 N V in bfloat16. Oracle: reference/logit_filter.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import product
+
 import torch
 from torch import Tensor
 
 from ._library import define
+from ._row_filter import LARGEST, row_filter
+from ._triton import on_device_of, tl, triton
+from ._variant import Variant
 from .cpu import pytorch_logit_filter
 from .nf4 import DTYPES
+
+
+def tile(V: int, aligned: bool) -> dict[str, int]:
+    """Logits at once and the warps that share them: 16 a thread, 8 where they are loaded one by one and their addresses take the
+    registers. A function of the row alone, so that sums are the same in any batch."""
+    warps = 4 if V <= 65_536 else 8
+    return {"TILE": (512 if aligned else 256) * warps, "num_warps": warps}
+
+
+@triton.jit
+def _logit_filter_kernel(
+    logits_ptr, parameters_ptr, gathered_ptr, threshold_ptr, log_total_ptr, stride, V, temperature, top_k, top_p,
+    OWN: tl.constexpr, FILTER: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    # One program owns a row.
+    row = tl.program_id(0).to(tl.int64)
+    if OWN:
+        temperature = tl.load(parameters_ptr + row * 3).to(tl.float32)
+        top_k = tl.load(parameters_ptr + row * 3 + 1).to(tl.int32)
+        top_p = tl.load(parameters_ptr + row * 3 + 2).to(tl.float32)
+    c = 1.4426950408889634 / temperature
+    threshold, top, total = row_filter(logits_ptr + row * stride, V, c, top_k, top_p, gathered_ptr + row * TILE, FILTER, TILE)
+    some = top > -LARGEST
+    tl.store(threshold_ptr + row, tl.where(some & (threshold > -LARGEST), threshold, -float("inf")))
+    log_total = tl.where(some, top / temperature + tl.log2(total) / 1.4426950408889634, -float("inf"))
+    tl.store(log_total_ptr + row, log_total)
+
+
+def logit_filter_triton(
+    logits: Tensor, temperature: float, top_k: int, top_p: float, parameters: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Launch the kernel, one program a row: (threshold, log_total). parameters float64 (N, 3): temperature, top_k, top_p by row."""
+    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    N, V = logits.shape
+    threshold, log_total = (torch.empty(N, dtype=torch.float32, device=logits.device) for _ in range(2))
+    if N:
+        filtered = parameters is not None or top_k > 0 or top_p < 1
+        tiles = tile(V, logits.stride(0) % 16 == 0)
+        gathered = logits.new_empty(N * tiles["TILE"] if filtered else 1)
+        with on_device_of(logits):
+            _logit_filter_kernel[(N,)](
+                logits, parameters, gathered, threshold, log_total, logits.stride(0), V, temperature, top_k, top_p,
+                OWN=parameters is not None, FILTER=filtered, **tiles, enable_fp_fusion=True,
+            )  # fmt: skip
+    return threshold, log_total
 
 
 def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
@@ -41,7 +92,27 @@ define(
     "logit_filter(Tensor logits, float temperature, int top_k, float top_p, Tensor? parameters) -> (Tensor, Tensor)",
     _fake,
     CPU=pytorch_logit_filter.logit_filter,
+    CUDA=logit_filter_triton,
 )
+
+
+def aot_variants() -> Iterator[Variant]:
+    """Every dtype, with filters and without, one setting for all rows or each its own, rows aligned and not."""
+    names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+    settings = (False, False), (False, True), (True, True)
+    for dtype, (own, filtered), aligned, V in product(DTYPES, settings, (True, False), (32_000, 151_936)):
+        integer, pointer = "i32:16" if aligned else "i32", f"*{names[dtype]}"
+        signature = {
+            "logits_ptr": pointer, "parameters_ptr": "*fp64", "gathered_ptr": pointer, "threshold_ptr": "*fp32",
+            "log_total_ptr": "*fp32", "stride": integer, "V": integer, "temperature": "fp32", "top_k": "i32", "top_p": "fp32",
+        }  # fmt: skip
+        tiles = tile(V, aligned)
+        constants = {"OWN": own, "FILTER": filtered, "TILE": tiles["TILE"]}
+        if not own:
+            constants["parameters_ptr"] = signature.pop("parameters_ptr") and None
+        name = f"logit_filter_{names[dtype]}" + "_own" * own + "_filtered" * filtered + f"_{tiles['TILE']}"
+        options = {"enable_fp_fusion": True}
+        yield Variant(name, _logit_filter_kernel, signature, constants, num_warps=tiles["num_warps"], options=options)
 
 
 def logit_filter(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> tuple[Tensor, Tensor]:

@@ -37,6 +37,7 @@ from ._library import define
 from .cpu import pytorch_spec_verify
 from .logit_filter import check_sampling
 from .nf4 import DTYPES
+from .spec_verify_gpu import verify_draft_tokens_triton
 
 
 def _cpu(draft_tokens, draft_logits, target_logits, num_draft, *rest):
@@ -71,6 +72,7 @@ define(
     " -> (Tensor, Tensor)",
     _fake,
     CPU=_cpu,
+    CUDA=verify_draft_tokens_triton,
 )
 
 
@@ -105,7 +107,8 @@ def noise_arguments(B: int, N: int, V: int, uniforms, gumbel, seed, offsets, dev
     seeds = seed if isinstance(seed, Tensor) else None
     if isinstance(offsets, int):
         offsets = torch.full((B,), offsets, device=device) if offsets else None
-    return uniforms, gumbel, 0 if seeds is not None else int(seed), seeds, offsets
+    number = 0 if isinstance(seed, Tensor) else (int(seed) + 2**63) % 2**64 - 2**63  # as an int64
+    return uniforms, gumbel, number, seeds, offsets
 
 
 def check_logits(target_logits: Tensor, draft_logits: Tensor | None, shape: tuple[int, int], draft_rows: int) -> None:

@@ -72,7 +72,9 @@ def verify_tree(
     uniforms (N,), one for each node; noise (V,), for the one draw.
     """
     V = len(target_logits[0])
-    node, path, out = -1, [], []
+    node = -1
+    path: list[int] = []
+    out: list[int] = []
     while True:
         row = target_logits[node + 1]
         children = [i for i, parent in enumerate(parents) if parent == node]

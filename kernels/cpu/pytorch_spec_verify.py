@@ -1,5 +1,5 @@
-"""Verification of drafted tokens in PyTorch (kernels/spec_verify.py, spec_verify_tree.py), a request at a time; no row is looked at
-before it is reached.
+"""Verification of drafted tokens in PyTorch (kernels/spec_verify.py, spec_verify_tree.py): chains batch by batch, as many rows at
+a time as stay in the cache; trees a request at a time, no row looked at before it is reached.
 """
 
 from __future__ import annotations
@@ -12,36 +12,148 @@ from .pytorch_logit_filter import cleaned, filter_rows
 ACCEPT, DRAW, DRAFT = 0, 1, 2  # streams of noise
 _WORD = 0xFFFFFFFF
 _WEYL = 0x9E3779B97F4A7C15  # between the seeds of a batch that was given one
+_LOGITS = 2**20  # at a time
 
 
-def request_seed(seed: int, seeds: Tensor | None, b: int) -> int:
-    """Request b's own seed, unsigned 64 bits."""
-    return (int(seeds[b]) if seeds is not None else seed + b * _WEYL) % 2**64
+def request_seeds(B: int, seed: int, seeds: Tensor | None) -> Tensor:
+    """Each request's own seed, int64 (B,)."""
+    return seeds if seeds is not None else torch.arange(B) * (_WEYL - 2**64) + seed
 
 
-def philox(n: int, stream: int, offset: int, seed: int) -> Tensor:
-    """Words 0 .. n - 1 of a request's stream, int64 (n,): word i is word i mod 4 of counter (i div 4, stream, offset)."""
+def philox(n: int, stream: int, offsets: Tensor, seeds: Tensor) -> Tensor:
+    """Words 0 .. n - 1 of each request's stream, int64 (B, n): word i is word i mod 4 of counter (i div 4, stream, offset)."""
     c0 = torch.arange(-(-n // 4))
-    c1, c2, c3 = (torch.tensor(word) for word in (stream, offset & _WORD, offset >> 32 & _WORD))
-    k0, k1 = seed & _WORD, seed >> 32
+    c1, c2, c3 = torch.tensor(stream), (offsets & _WORD)[:, None], (offsets >> 32 & _WORD)[:, None]
+    k0, k1 = (seeds & _WORD)[:, None], (seeds >> 32 & _WORD)[:, None]
     for _ in range(10):
         # the products have 64 bits; int64 keeps them, and a shift's copies of the sign are masked off
         low_product, high_product = c0 * 0xD2511F53, c2 * 0xCD9E8D57
         c1, c3 = (high_product >> 32 & _WORD) ^ c1 ^ k0, (low_product >> 32 & _WORD) ^ c3 ^ k1
         c0, c1, c2, c3 = c1, high_product & _WORD, c3, low_product & _WORD
         k0, k1 = k0 + 0x9E3779B9 & _WORD, k1 + 0xBB67AE85 & _WORD
-    return torch.stack(torch.broadcast_tensors(c0, c1, c2, c3), 1).flatten()[:n]
+    return torch.stack(torch.broadcast_tensors(c0, c1, c2, c3), 2).flatten(1)[:, :n]
 
 
-def uniform_noise(n: int, offset: int, seed: int) -> Tensor:
-    """u in [0, 1) of nodes 0 .. n - 1, float64 (n,) of 24 bits."""
-    return (philox(n, ACCEPT, offset, seed) >> 8).double() / 2**24
+def uniform_noise(n: int, offsets: Tensor, seeds: Tensor) -> Tensor:
+    """u in [0, 1) of nodes 0 .. n - 1, float64 (B, n) of 24 bits."""
+    return (philox(n, ACCEPT, offsets, seeds) >> 8).double() / 2**24
 
 
-def gumbel_noise(n: int, offset: int, seed: int, dtype: torch.dtype, stream: int = DRAW) -> Tensor:
-    """Standard Gumbel (n,): -log(-log(1 - v)), v small where the noise is large, so that all 32 bits of v tell winners apart."""
-    v = (philox(n, stream, offset, seed).to(dtype) + 0.5) / 2**32
+def gumbel_noise(n: int, offsets: Tensor, seeds: Tensor, dtype: torch.dtype, stream: int = DRAW) -> Tensor:
+    """Standard Gumbel (B, n) of tokens 0 .. n - 1."""
+    return gumbel_of(philox(n, stream, offsets, seeds), dtype)
+
+
+def gumbel_of(words: Tensor, dtype: torch.dtype) -> Tensor:
+    """-log(-log(1 - v)) of words v 2^32: v is small where the noise is large, so that all 32 bits tell winners apart."""
+    v = (words.to(dtype) + 0.5) / 2**32
     return -(-v.clamp(max=1 - 2**-24)).log1p().neg_().log_()
+
+
+def _probabilities_of(tokens: Tensor, logits: Tensor, setting: tuple[float, int, float]) -> Tensor:
+    """p(token) of each row, (N,): tokens (N,), logits (N, V); 0 where a token is no word of the row's."""
+    V = logits.shape[1]
+    found = []
+    for x, rows in zip(tokens.split(_rows(V)), logits.split(_rows(V)), strict=True):
+        z = cleaned(rows)
+        threshold, log_total = filter_rows(z, *setting)
+        zx = z.gather(1, x.clamp(0, V - 1)[:, None])[:, 0]
+        kept = (x >= 0) & (x < V) & (zx >= threshold) & (zx > -torch.inf)
+        found.append((zx / setting[0] - log_total).exp().where(kept, 0))
+    return torch.cat(found)
+
+
+def _rows(V: int) -> int:
+    return max(1, _LOGITS // V)
+
+
+def verify_draft_tokens(
+    draft_tokens, draft_logits, target_logits, num_draft, temperature, top_k, top_p, parameters, uniforms, gumbel, seed, seeds,
+    offsets,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As the op (kernels/spec_verify.py)."""
+    B, K = draft_tokens.shape
+    tokens, num_accepted = torch.full((B, K + 1), -1), torch.zeros(B, dtype=torch.int64)
+    seeds = request_seeds(B, seed, seeds)
+    offsets = torch.zeros(B, dtype=torch.int64) if offsets is None else offsets
+    for setting, mine in _by_setting(B, temperature, top_k, top_p, parameters):
+        for some in mine.split(_rows(target_logits.shape[2] * (K + 1))):
+            draft = None if draft_logits is None else draft_logits[some]
+            drafted, target, num = draft_tokens[some], target_logits[some], num_draft[some]
+            if setting[0] == 0:
+                best = cleaned(target).argmax(2)
+                accepted = drafted == best[:, :K]
+                n = _leading(accepted, num)
+                token = best.gather(1, n[:, None])[:, 0]
+                row = target[torch.arange(len(some)), n]
+                token = token.where(cleaned(row).amax(1) > -torch.inf, -1)
+            else:
+                u = uniform_noise(K, offsets[some], seeds[some]) if uniforms is None else uniforms[some]
+                n, q_rows, without = _accept(drafted, draft, target, num, setting, u)
+                row = target[torch.arange(len(some)), n]
+                g = None if gumbel is None else gumbel[some]
+                token = _draw(row, q_rows, without, setting, g, offsets[some], seeds[some])
+            kept = drafted.new_full((len(some), K + 1), -1)
+            kept[:, :K] = drafted.where(torch.arange(K) < n[:, None], -1)
+            tokens[some] = kept.scatter_(1, n[:, None], token[:, None])
+            num_accepted[some] = n
+    return tokens, num_accepted
+
+
+def _by_setting(B: int, temperature, top_k, top_p, parameters):
+    """((temperature, top_k, top_p), the requests under it), one after another."""
+    if parameters is None:
+        yield (temperature, top_k, top_p), torch.arange(B)
+        return
+    settings, which = parameters.unique(dim=0, return_inverse=True)
+    for i, (t, k, p) in enumerate(settings.tolist()):
+        yield (t, int(k), p), (which == i).nonzero()[:, 0]
+
+
+def _leading(accepted: Tensor, num: Tensor) -> Tensor:
+    """How many of the first num are accepted before one is not."""
+    return (accepted & (torch.arange(accepted.shape[1]) < num[:, None])).long().cumprod(1).sum(1)
+
+
+def _accept(drafted, draft, target, num, setting, u):
+    """(accepted drafts (B,); q of the refused row (B, V') or None; the chosen word that was refused (B,), or -1)."""
+    (B, K), V = drafted.shape, target.shape[2]
+    inside = (drafted >= 0) & (drafted < V)
+    px = _probabilities_of(drafted.flatten(), target[:, :K].reshape(B * K, V), setting).view(B, K) if B * K else u
+    if draft is None:
+        qx = inside.to(px.dtype)
+    else:
+        qx = _probabilities_of(drafted.flatten(), draft.reshape(B * K, -1), setting).view(B, K) if B * K else u
+    drawable = inside & (qx > 0)
+    n = _leading(drawable & (u < px / qx), num)  # Leviathan et al., algorithm 1
+    at = n.clamp(max=K - 1)[:, None]
+    if K == 0:
+        return n, None, torch.full((B,), -1)
+    subtract = (n < num) & drawable.gather(1, at)[:, 0]
+    if draft is None:
+        return n, None, drafted.gather(1, at)[:, 0].where(subtract, -1)
+    z = cleaned(draft[torch.arange(B), at[:, 0]])
+    threshold, log_total = filter_rows(z, *setting)
+    q = (z / setting[0] - log_total[:, None]).exp_()
+    return n, q.masked_fill_((z < threshold[:, None]) | (z == -torch.inf) | ~subtract[:, None], 0), torch.full((B,), -1)
+
+
+def _draw(row: Tensor, q: Tensor | None, without: Tensor, setting, gumbel, offsets: Tensor, seeds: Tensor) -> Tensor:
+    """Tokens (B,) by max(p - q, 0), or p where that is nothing; -1 where p is nothing."""
+    z = cleaned(row)
+    threshold, log_total = filter_rows(z, *setting)
+    p = (z / setting[0] - log_total[:, None]).exp_().masked_fill_((z < threshold[:, None]) | (z == -torch.inf), 0)
+    left = p
+    if q is not None:
+        left = p.clone()
+        left[:, : q.shape[1]].sub_(q).clamp_(min=0)
+    elif bool((without >= 0).any()):
+        left = p.scatter(
+            1, without.clamp(min=0)[:, None], p.gather(1, without.clamp(min=0)[:, None]).where(without[:, None] < 0, 0)
+        )
+    left = left.where(left.any(1, keepdim=True), p)
+    noise = gumbel_noise(z.shape[1], offsets, seeds, z.dtype) if gumbel is None else gumbel.to(z.dtype)
+    return (left.log() + noise).argmax(1).where(p.any(1), -1)
 
 
 def _greedy(row: Tensor) -> int:
@@ -66,7 +178,9 @@ def verify_request(
     """(tokens: accepted and one more, path: nodes). `children` of each node, the root being -1; target (N + 1, V), draft rows
     likewise by parent or None; uniforms(i) and gumbel() give the noise when it is wanted."""
     temperature, top_k, top_p = setting
-    node, out, path = -1, [], []
+    node = -1
+    out: list[int] = []
+    path: list[int] = []
     while True:
         row = target[node + 1]
         if temperature == 0:
@@ -114,26 +228,6 @@ def _try_children(children, tokens, p: Tensor, q: Tensor | None, uniforms, with_
     return None, p
 
 
-def verify_draft_tokens(
-    draft_tokens, draft_logits, target_logits, num_draft, temperature, top_k, top_p, parameters, uniforms, gumbel, seed, seeds,
-    offsets,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """As the op (kernels/spec_verify.py)."""
-    B, K = draft_tokens.shape
-    tokens = torch.full((B, K + 1), -1)
-    num_accepted = torch.zeros(B, dtype=torch.int64)
-    noise = _noise(target_logits, uniforms, gumbel, seed, seeds, offsets, K)
-    for b, (drafted, n) in enumerate(zip(draft_tokens.tolist(), num_draft.tolist(), strict=True)):
-        rows = None if draft_logits is None else draft_logits[b]
-        kept, path = verify_request(
-            drafted, {i - 1: [i] for i in range(n)}, target_logits[b], rows, _setting(b, temperature, top_k, top_p, parameters),
-            *noise(b),
-        )  # fmt: skip
-        tokens[b, : len(kept)] = torch.tensor(kept)
-        num_accepted[b] = len(path)
-    return tokens, num_accepted
-
-
 def _setting(b: int, temperature: float, top_k: int, top_p: float, parameters: Tensor | None) -> tuple[float, int, float]:
     if parameters is None:
         return temperature, top_k, top_p
@@ -143,18 +237,20 @@ def _setting(b: int, temperature: float, top_k: int, top_p: float, parameters: T
 
 def _noise(logits, uniforms, gumbel, seed, seeds, offsets, N):
     """b -> (uniforms(i), gumbel()), passed or made when asked for."""
-    V, dtype = logits.shape[-1], torch.promote_types(logits.dtype, torch.float32)
+    B, V, dtype = len(logits), logits.shape[-1], torch.promote_types(logits.dtype, torch.float32)
+    seeds = request_seeds(B, seed, seeds)
+    offsets = torch.zeros(B, dtype=torch.int64) if offsets is None else offsets
 
     def of_request(b: int):
-        offset, own = 0 if offsets is None else int(offsets[b]), request_seed(seed, seeds, b)
+        own = offsets[b : b + 1], seeds[b : b + 1]
         us: list[float] = [] if uniforms is None else uniforms[b].tolist()
 
         def uniform(i: int) -> float:
             if not us:
-                us.extend(uniform_noise(N, offset, own).tolist())
+                us.extend(uniform_noise(N, *own)[0].tolist())
             return us[i]
 
-        return uniform, lambda: gumbel_noise(V, offset, own, dtype) if gumbel is None else gumbel[b].to(dtype)
+        return uniform, lambda: gumbel_noise(V, *own, dtype)[0] if gumbel is None else gumbel[b].to(dtype)
 
     return of_request
 
@@ -177,7 +273,8 @@ def verify_draft_tree(
                 children.setdefault(parent, []).append(i)
         rows = None if draft_logits is None else draft_logits[b]
         setting = _setting(b, temperature, top_k, top_p, parameters)
-        kept, path = verify_request(drafted, children, target_logits[b], rows, setting, *noise(b), with_replacement)
+        uniform, race = noise(b)
+        kept, path = verify_request(drafted, children, target_logits[b], rows, setting, uniform, race, with_replacement)
         tokens[b, : len(kept)], paths[b, : len(path)] = torch.tensor(kept), torch.tensor(path, dtype=torch.int64)
         num_accepted[b] = len(path)
     return tokens, num_accepted, paths
