@@ -5,8 +5,8 @@ and tokens, with its fused head and with whole logits.
     python benchmarks/bench_dpo.py --curve [--plot FILE] [--json FILE]      memory over tokens and over vocabulary
 
 A quarter of each sequence is the prompt, which the pair shares. A step is the reference's log-probabilities (the adapter off, in
-the same model), the policy's, the loss with its metrics, backward, clipping and AdamW. TRL's is its own DPOTrainer's loss on its own
-collator's batch; "whole logits" is the same trainer with the log-probabilities and entropies taken from logits that exist whole, as
+the same model), the policy's, the loss with its metrics, backward, clipping and AdamW. TRL's is its own DPOTrainer's loss on its
+own collator's batch; "whole logits" is the same trainer with the log-probabilities and entropies taken from logits that exist whole, as
 before its fused head. --checkpointing computes layers again in the backward pass in all systems, which is TRL's default.
 
 First the gradients must agree: each system's against float32, on two pairs of 64 tokens. Then the systems take steps in turn in one
