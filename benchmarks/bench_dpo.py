@@ -6,8 +6,8 @@ and tokens, with its fused head and with whole logits.
 
 A quarter of each sequence is the prompt, which the pair shares. A step is the reference's log-probabilities (the adapter off, in
 the same model), the policy's, the loss with its metrics, backward, clipping and AdamW. TRL's is its own DPOTrainer's loss on its
-own collator's batch; "whole logits" is the same trainer with the log-probabilities and entropies taken from logits that exist whole, as
-before its fused head. --checkpointing computes layers again in the backward pass in all systems, which is TRL's default.
+own collator's batch; "whole logits" is the same trainer with the log-probabilities and entropies taken from logits that exist
+whole, as before its fused head. --checkpointing computes layers again in the backward pass in all systems, which is TRL's default.
 
 First the gradients must agree: each system's against float32, on two pairs of 64 tokens. Then the systems take steps in turn in one
 process. Memory is each system's alone, in a process of its own: the highest resident size from the first step's start to the last
