@@ -1,16 +1,28 @@
 """Prompts of four kinds, written for this benchmark and under the project's licence. CHAT ones go through the chat template."""
 
 _LETTER = """\
-Dear members, the library will close for repairs from the third of March until the end of May. During these weeks the reading room
-on Mill Street stays open on Tuesdays and Thursdays between ten and four. Books that are due while the library is closed may be
-returned in June without a fee. If you have reserved a book, we will send it to the reading room and write to you when it is there.
-The children's group meets in the school hall as long as the repairs last. We thank you for your patience and hope to see you soon."""
+Dear members, the library will close for repairs from the third of March until the end of May. During these weeks the
+reading room on Mill Street stays open on Tuesdays and Thursdays between ten and four. Books that are due while the
+library is closed may be returned in June without a fee. If you have reserved a book, we will send it to the reading
+room and write to you when it is there. The children's group meets in the school hall as long as the repairs last. We
+thank you for your patience and hope to see you soon."""
 
 _REPORT = """\
-The river Aldern rose by two metres on the night of the ninth of October. The upper bridge was closed at midnight and the lower bridge
-an hour later. About forty families left their houses on the east bank and slept in the gymnasium. Nobody was hurt. The pumps at the
-paper mill ran until noon on the tenth of October, when the water had fallen by half a metre. The upper bridge was opened again on the
-eleventh of October, and the lower bridge, whose railing had been torn away, on the fourteenth of October."""
+The river Aldern rose by two metres on the night of the ninth of October. The upper bridge was closed at midnight and
+the lower bridge an hour later. About forty families left their houses on the east bank and slept in the gymnasium.
+Nobody was hurt. The pumps at the paper mill ran until noon on the tenth of October, when the water had fallen by half
+a metre. The upper bridge was opened again on the eleventh of October, and the lower bridge, whose railing had been
+torn away, on the fourteenth of October."""
+
+_LIST = """\
+- two kilograms of flour
+- a dozen eggs
+- half a litre of cream
+- three lemons
+- a bag of almonds
+- brown sugar
+- a jar of apricot jam
+- vanilla pods"""
 
 _FUNCTION = '''\
 def read_measurements(path, separator=",", skip_header=True):
@@ -49,11 +61,11 @@ class Account:
 # kind -> (whether they are chat messages, prompts)
 PROMPTS: dict[str, tuple[bool, list[str]]] = {
     "copying": (
-        False,
+        True,
         [
-            f"The letter as it was sent:\n\n{_LETTER}\n\nThe same letter, word for word, as it was read out at the meeting:\n\n",
-            f"First draft of the report:\n\n{_REPORT}\n\nFinal version, with the name of the river spelled Alderne:\n\n",
-            f"Report:\n\n{_REPORT}\n\nThe report's most important sentences, quoted:\n\n",
+            f"Here is my shopping list:\n\n{_LIST}\n\nWrite the whole list again and add butter at the end.",
+            f"{_REPORT}\n\nRepeat the text above.",
+            f"Proofread this text. Give the whole corrected text and nothing else.\n\n{_LETTER}",
         ],
     ),
     "code": (

@@ -44,8 +44,9 @@ class VocabularyMap:
         for token in tokens:
             if token not in self._spelling:
                 target, draft = self._tokenizers
-                spelled = draft.encode(target.decode([token]), add_special_tokens=False)
-                self._spelling[token] = spelled or self.draft_ids[:1].tolist()  # a special token has no text: shown as any other
+                text = target.decode([token]) if token < target.vocab_size else ""
+                # Special tokens and padding have no text: shown as whichever is shared.
+                self._spelling[token] = draft.encode(text, add_special_tokens=False) or self.draft_ids[:1].tolist()
             ids += self._spelling[token]
         return ids
 
