@@ -7,6 +7,7 @@ import torch
 from model_cases import random_model
 from torch import nn
 
+from posttrain.model.generate import generate
 from posttrain.rl.rollouts import Rollouts, draw, policy
 
 PROMPTS = [[3, 4, 5], [6], [7, 8, 9, 10, 11], [12, 13]]
@@ -67,3 +68,17 @@ def test_log_probabilities_are_of_what_was_drawn():
     with torch.no_grad():
         logps, entropy, _ = policy(model, batch, 1e-4)
     assert (logps > -0.1).all() and (entropy < 0.5).all()
+
+
+def test_a_prompt_given_several_times_is_read_once(monkeypatch):
+    """Greedily each is continued as alone; drawn, the completions of one prompt differ."""
+    model = random_model()
+    alone = [generate(model, [prompt], 5)[0] for prompt in PROMPTS[:2]]
+    read = []
+    hidden = model.hidden
+    monkeypatch.setattr(model, "hidden", lambda ids, **given: read.append(tuple(ids.shape)) or hidden(ids, **given))
+    again = [PROMPTS[i] for i in (0, 1, 1, 0, 0)]
+    assert generate(model, again, 5) == [alone[i] for i in (0, 1, 1, 0, 0)]
+    assert read[0] == (2, 3) and read[1:] == [(5, 1)] * 4
+    drawn = generate(model, [PROMPTS[2]] * 8, 5, temperature=1.0, seed=0)
+    assert len(set(map(tuple, drawn))) > 4
