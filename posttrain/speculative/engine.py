@@ -25,6 +25,7 @@ from posttrain.model.sampling import check_sampling
 
 from . import pace
 from .interface import FINAL, Drafter, Proposal, Requests
+from .overlap import overlap
 from .report import Report
 from .typical import accept_typical
 
@@ -48,6 +49,7 @@ def generate(
     draft_length: int | None = None,
     adaptive: bool = True,
     typical: tuple[float, float] | None = None,
+    measure_overlap: bool = False,
 ) -> tuple[list[list[int]], Report]:
     """The new tokens of each prompt, as posttrain.model.generate's arguments of these names ask, and how it went.
 
@@ -59,6 +61,7 @@ def generate(
     slower than plain decoding; a seed with temperature > 0 rules that out, since draws depend on where drafts begin.
 
     typical: LOSSY. (epsilon, alpha) of Medusa's typical acceptance (typical.py), of trees, where temperature > 0.
+    measure_overlap: the report's `overlap` too, of chains; a pass over the distributions.
 
     Raises ValueError as posttrain.model.generate does, for a draft_length below 1, or where a row of logits has no finite one.
     """
@@ -83,7 +86,19 @@ def generate(
                 torch.zeros(len(prompts), dtype=torch.int64, device=device), temperature, top_k, top_p, device,
             )  # fmt: skip
             decider = pace.Pace(draft_length, adaptive, drafter.prompt_cost, report)
-            run = _Run(model, requests, drafter, decider, outputs, max_new_tokens, frozenset(stop_ids), on_token, batch, typical)
+            run = _Run(
+                model,
+                requests,
+                drafter,
+                decider,
+                outputs,
+                max_new_tokens,
+                frozenset(stop_ids),
+                on_token,
+                batch,
+                typical,
+                measure_overlap,
+            )
             run.start(prompts)
             while run.rows:
                 run.step()
@@ -118,10 +133,11 @@ class _Run:
         on_token: Callable[[int, int], None] | None,
         batch,
         typical: tuple[float, float] | None,
+        measure_overlap: bool,
     ):
         self.model, self.requests, self.drafter, self.pace = model, requests, drafter, decider
         self.outputs, self.stop, self.on_token, self.batch = outputs, stop, on_token, batch
-        self.typical = typical
+        self.typical, self.measure_overlap = typical, measure_overlap
         self.generator = torch.Generator(requests.device).manual_seed(int(requests.seeds[0]))  # for typical acceptance alone
         self.rows = list(range(len(outputs)))
         self.max_new_tokens = max_new_tokens
@@ -159,6 +175,8 @@ class _Run:
         new, accepted = tokens.tolist(), num_accepted.tolist()
         took = drafted - began, pace.clock() - drafted
         self.pace.stepped(proposal.num.tolist(), depth, accepted, logits.shape[1], *took)
+        if self.measure_overlap and path is None:
+            self.pace.report.add_overlap(*overlap(proposal, logits, num_accepted, self.requests))
         self._roll_back(accepted, path)
         if features is not None:
             features = features[:, : tokens.shape[1]] if path is None else _along(features, path)

@@ -63,6 +63,11 @@ class Report:
             self.offered.update(range(deep))
             self.accepted_at.update(range(count))
 
+    def add_overlap(self, total: float, count: int) -> None:
+        """sum of min(p, q) at `count` examined places (overlap.py)."""
+        self.overlaps += total
+        self.overlapped += count
+
     @property
     def tokens_per_pass(self) -> float | None:
         """Tokens a row gets from a pass of the target, those without a draft included."""
