@@ -32,13 +32,14 @@ def examples(vocab_size, count=12, seed=1):
     return made
 
 
-def assert_distributed_as_the_target(model, drafter, count=400, length=4, temperature=0.9):
-    """Chi-square of whole sequences, sampled through the engine, against the target's own probabilities of them."""
-    prompt, V = [1, 2], model.config.vocab_size
+def assert_distributed_as_the_target(model, drafter, count=400, length=4, temperature=0.9, prompt=(1, 2), beyond=0):
+    """Chi-square of sequences sampled through the engine (their first `length` tokens of `beyond` more) against the target's own
+    probabilities of them."""
+    prompt, V = list(prompt), model.config.vocab_size
     outputs, report = engine.generate(
-        model, [prompt] * count, length, drafter, temperature, seed=11, draft_length=length, adaptive=False
+        model, [prompt] * count, length + beyond, drafter, temperature, seed=11, draft_length=length, adaptive=False
     )
-    assert report.accepted > count / 2 and report.acceptance_by_position[-1] < 1
+    assert report.accepted > count / 2 and 0 < report.acceptance_by_position[0] < 1
     sequences = list(itertools.product(range(V), repeat=length))
     with torch.no_grad():
         logits = model(torch.tensor([[*prompt, *sequence] for sequence in sequences]))[:, len(prompt) - 1 : -1]
@@ -46,7 +47,7 @@ def assert_distributed_as_the_target(model, drafter, count=400, length=4, temper
     expected = (log_p.exp() * count).tolist()
     observed = dict.fromkeys(sequences, 0)
     for output in outputs:
-        observed[tuple(output)] += 1
+        observed[tuple(output[:length])] += 1
     bins, rest = [], [0.0, 0.0]
     for sequence, e in zip(sequences, expected, strict=True):
         if e < 5:
