@@ -1,9 +1,8 @@
-/* A general product of bfloat16 matrices in AMX tiles: what lora_amx.c is made of. Included under a target with amx-bf16.
+/* Products of bfloat16 matrices of which one is thin, in AMX tiles: what lora_amx.c is made of. Included under a target with amx-bf16.
  *
  * Left and right factors are packed before they are multiplied. A step is 32 products of the sum: of the left factor two tiles
  * of 16 rows, of the right one two tiles of 16 columns whose rows hold two products side by side. 32 rows (a block) times 32
- * columns (a panel) are four sums, which stay in tiles for as long as both factors last. What must be added to a product is
- * packed as further steps of it. */
+ * columns (a panel) are four sums, which stay in tiles for as long as both factors last. */
 #ifndef POSTTRAIN_AMX_GEMM_H
 #define POSTTRAIN_AMX_GEMM_H
 
@@ -12,36 +11,18 @@
 #include "amx.h"
 
 enum { TILE = 512 /* bf16 in a tile */, STEP = 2 * TILE, BLOCK = 32 /* rows, columns and products of a step */ };
-enum { PIECE = 512 /* columns of a 4-bit weight decoded at a time */, PIECE_BLOCKS = PIECE / 32 + 2 };
+enum { PIECE = 512 /* columns of A at a time, rows of ranks that are laid out for packing */ };
 
-/* A factor in memory: rows of bfloat16, or of a 4-bit weight (then `w` is set). Rows beyond `rows` and columns beyond `columns`
- * read as zeros. */
+/* A factor in memory: rows of bfloat16. Rows beyond `rows` and columns beyond `columns` read as zeros. */
 typedef struct {
     const uint16_t *values;
     int64_t stride, rows, columns;
-    const weight *w;
-    const isa *engine;
 } factor;
-
-/* Rows [row, row + 32) x columns [column, column + count), count <= PIECE: where they lie, or decoded into `memory`. */
-static inline const uint16_t *piece(const factor *f, int64_t row, int64_t column, int64_t count, uint16_t *memory, int64_t *stride) {
-    *stride = f->stride;
-    if (!f->w) return f->values + row * f->stride + column;
-    *stride = PIECE;
-    float absmax[PIECE_BLOCKS];
-    const int64_t rows = f->rows - row < BLOCK ? f->rows - row : BLOCK, block_size = f->w->block_size;
-    for (int64_t r = 0; r < rows; r++) {
-        int64_t start = (row + r) * f->columns + column, first = start / block_size;
-        f->engine->decode_absmax(f->w, first, (start + count - 1) / block_size - first + 1, absmax);
-        f->engine->dequantize(f->w, absmax, start, count, BFLOAT16, memory + r * PIECE);
-    }
-    return memory;
-}
 
 static inline int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline __mmask32 first_words(int64_t count) { return count >= 32 ? 0xffffffff : count <= 0 ? 0 : (1u << count) - 1; }
 
-/* 32 rows from `row` on of a dense factor as left steps. */
+/* 32 rows from `row` on as left steps. */
 static inline void pack_left(const factor *f, int64_t row, uint16_t *out) {
     for (int64_t r = 0; r < BLOCK; r++) {
         const uint16_t *from = f->values + (row + r) * f->stride;
@@ -54,26 +35,21 @@ static inline void pack_left(const factor *f, int64_t row, uint16_t *out) {
 
 /* The right factor is f transposed: rows [row, row + 32) become one panel's columns. */
 static inline void pack_transposed(const factor *f, int64_t row, uint16_t *out) {
-    uint16_t decoded[BLOCK * PIECE] __attribute__((aligned(64))), padded[16 * 32] __attribute__((aligned(64)));
-    for (int64_t first = 0; first < f->columns; first += PIECE) {
-        const int64_t count = at_most(f->columns - first, PIECE);
-        int64_t stride;
-        const uint16_t *from = piece(f, row, first, count, decoded, &stride);
-        for (int64_t k = 0; k < count; k += 32)
-            for (int t = 0; t < 2; t++, out += TILE) {
-                const uint16_t *tile = from + 16 * t * stride + k;
-                int64_t tile_stride = stride;
-                const int64_t rows = f->rows - row - 16 * t;
-                if (rows < 16 || count - k < 32 || stride % 2) {
-                    for (int64_t r = 0; r < 16; r++)
-                        _mm512_store_si512(padded + 32 * r, _mm512_maskz_loadu_epi16(r < rows ? first_words(count - k) : 0, tile + r * stride));
-                    tile = padded, tile_stride = 32;
-                }
-                __m512 pairs[16];
-                transpose16((const float *)tile, tile_stride / 2, pairs);
-                for (int i = 0; i < 16; i++) _mm512_store_ps((float *)out + 16 * i, pairs[i]);
+    uint16_t padded[16 * 32] __attribute__((aligned(64)));
+    for (int64_t k = 0; k < f->columns; k += 32)
+        for (int t = 0; t < 2; t++, out += TILE) {
+            const uint16_t *tile = f->values + (row + 16 * t) * f->stride + k;
+            int64_t stride = f->stride;
+            const int64_t rows = f->rows - row - 16 * t;
+            if (rows < 16 || f->columns - k < 32 || stride % 2) {
+                for (int64_t r = 0; r < 16; r++)
+                    _mm512_store_si512(padded + 32 * r, _mm512_maskz_loadu_epi16(r < rows ? first_words(f->columns - k) : 0, tile + r * stride));
+                tile = padded, stride = 32;
             }
-    }
+            __m512 pairs[16];
+            transpose16((const float *)tile, stride / 2, pairs);
+            for (int i = 0; i < 16; i++) _mm512_store_ps((float *)out + 16 * i, pairs[i]);
+        }
 }
 
 /* The right factor is f itself: rows [row, row + 32) become one step of the panels of columns [column, column + count).
@@ -82,20 +58,15 @@ static inline void pack_step(const factor *f, int64_t row, int64_t column, int64
     const __m512i low = _mm512_set_epi32(0x2f000f, 0x2e000e, 0x2d000d, 0x2c000c, 0x2b000b, 0x2a000a, 0x290009, 0x280008,  //
                                          0x270007, 0x260006, 0x250005, 0x240004, 0x230003, 0x220002, 0x210001, 0x200000);
     const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
-    uint16_t decoded[BLOCK * PIECE] __attribute__((aligned(64)));
+    const uint16_t *from = f->values + row * f->stride + column;
     const int64_t rows = f->rows - row;
-    for (int64_t first = 0; first < count; first += PIECE) {
-        const int64_t here = at_most(count - first, PIECE);
-        int64_t stride;
-        const uint16_t *from = piece(f, row, column + first, here, decoded, &stride);
-        for (int64_t k = 0; k < here; k += 32, out += panel_stride) {
-            const __mmask32 kept = first_words(here - k);
-            for (int64_t r = 0; r < BLOCK; r += 2) {
-                __m512i a = _mm512_maskz_loadu_epi16(r < rows ? kept : 0, from + r * stride + k);
-                __m512i b = _mm512_maskz_loadu_epi16(r + 1 < rows ? kept : 0, from + (r + 1) * stride + k);
-                _mm512_store_si512(out + 16 * r, _mm512_permutex2var_epi16(a, low, b));
-                _mm512_store_si512(out + TILE + 16 * r, _mm512_permutex2var_epi16(a, high, b));
-            }
+    for (int64_t k = 0; k < count; k += 32, out += panel_stride) {
+        const __mmask32 kept = first_words(count - k);
+        for (int64_t r = 0; r < BLOCK; r += 2) {
+            __m512i a = _mm512_maskz_loadu_epi16(r < rows ? kept : 0, from + r * f->stride + k);
+            __m512i b = _mm512_maskz_loadu_epi16(r + 1 < rows ? kept : 0, from + (r + 1) * f->stride + k);
+            _mm512_store_si512(out + 16 * r, _mm512_permutex2var_epi16(a, low, b));
+            _mm512_store_si512(out + TILE + 16 * r, _mm512_permutex2var_epi16(a, high, b));
         }
     }
 }
@@ -149,27 +120,19 @@ static inline void multiply(const uint16_t *left, const uint16_t *right, int64_t
         }
 }
 
-/* 16 columns of sums twice, side by side, rounded to 32 bfloat16. */
-static inline __m512i rounded_row(const float *sums, int row, __m512 bias0, __m512 bias1) {
-    __m512 a = _mm512_add_ps(_mm512_loadu_ps(sums + 16 * row), bias0);
-    __m512 b = _mm512_add_ps(_mm512_loadu_ps(sums + 256 + 16 * row), bias1);
-    return (__m512i)_mm512_cvtne2ps_pbh(b, a);
-}
 static inline __m512 widened(const uint16_t *x, __mmask16 kept) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(kept, x)), 16));
 }
 
-static inline void prefetch_block(const uint16_t *y, int64_t stride, int64_t rows) {
-    for (int64_t r = 0; r < rows; r++) __builtin_prefetch(y + r * stride, 1);
-}
-
-/* A block's sums to rows of y; `columns` of the panel's 32 exist. */
-static inline void write_block(const float *sums, uint16_t *y, int64_t stride, int64_t rows, int64_t columns, const uint16_t *bias) {
-    __m512 bias0 = _mm512_setzero_ps(), bias1 = bias0;
+/* Rows of y += a block's sums; `columns` of the panel's 32 exist. */
+static inline void add_block(const float *sums, uint16_t *y, int64_t stride, int64_t rows, int64_t columns) {
     const __mmask32 kept = first_words(columns);
-    if (bias) bias0 = widened(bias, (__mmask16)kept), bias1 = widened(bias + 16, (__mmask16)(kept >> 16));
-    for (int64_t r = 0; r < rows; r++)
-        _mm512_mask_storeu_epi16(y + r * stride, kept, rounded_row(sums + r / 16 * 512, r % 16, bias0, bias1));
+    for (int64_t r = 0; r < rows; r++, y += stride) {
+        const float *row = sums + r / 16 * 512 + r % 16 * 16;
+        __m512 a = _mm512_add_ps(widened(y, (__mmask16)kept), _mm512_loadu_ps(row));
+        __m512 b = _mm512_add_ps(widened(y + 16, (__mmask16)(kept >> 16)), _mm512_loadu_ps(row + 256));
+        _mm512_mask_storeu_epi16(y, kept, (__m512i)_mm512_cvtne2ps_pbh(b, a));
+    }
 }
 
 #endif

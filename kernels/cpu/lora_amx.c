@@ -1,15 +1,15 @@
-/* lora_linear for many rows of bfloat16 with AMX, for one layer or for several that read the same x:
+/* The low rank of lora_linear for many rows of bfloat16 with AMX, for one layer or for several that read the same x. The base
+ * products are the vendor's.
  *
- *     y = [x | s] [W | B]^T + bias           s = scaling x' A^T
- *     dX = [dY | V] [W ; A]                  V = scaling dY B                 dA = V^T x'                 dB = dY^T s
+ *     y += s B^T         s = scaling x A^T
+ *     dX += V A          V = scaling dY B            dA = V^T x            dB = dY^T s
  *
- * The low rank is further steps of the product: the sums are still in tiles. A weight in 4 bits is decoded into the right
- * factor's tiles; nothing else is ever dequantized. Several layers are one product: forward their N lie side by side, backward
- * their dY are steps of one sum, and their ranks share steps.
+ * A block of 32 rows of x (or dY) is packed into tiles, and its ranks never leave the cache: x and dY are read from memory once, y
+ * and dX read and written once. Several layers share what is packed of x, and their ranks share steps.
  *
- * Flops: 2 M N K forward and for dX; the low rank adds 2 M R (K + N) forward and 4 M R (K + N) + 2 M R N backward, R being r
- * rounded up to a tile's 16 for sums and to a step's 32 where it is summed over. Each thread owns rows (y, dX) or columns (dA,
- * dB) of the results, and sums in the same order whatever the number of threads. */
+ * Flops: 2 M R (K + N) forward and 4 M R (K + N) + 2 M R (K + N) backward, R being r rounded up to a tile's 16 for sums and to a
+ * step's 32 where it is summed over. Each thread owns rows; dA and dB are sums over parts of
+ * the rows that do not depend on the number of threads. */
 #include "lora.h"
 
 #if defined(__x86_64__) && defined(__linux__)
@@ -61,77 +61,21 @@ static void block_ranks(const lora_job *j, const uint16_t *left, const uint16_t 
     }
 }
 
-/* Blocks [block, block + blocks) of the left factor times panels [first, last), all steps. Results go through `write`, which is told
- * of each block beforehand (sums NULL) so that its lines are on their way. low_rank: 0 none, 1 the panel's layer's, 2 all. */
-typedef void (*writer)(const lora_job *j, int64_t block, int64_t panel, const float *sums);
-
-static void product(const lora_job *j, const uint16_t *left, int64_t block, int64_t blocks, int64_t first, int64_t last, int low_rank,
-                    float *sums, writer write) {
-    const int64_t left_steps = j->main_steps + j->all_rank_steps, depths = ceil_div(j->main_steps, DEPTH);
-    for (int64_t at = first; at < last; at += WIDTH) {
-        const int64_t until = at_most(at + WIDTH, last);
-        for (int64_t d = 0; d < depths; d++) {
-            const int64_t from = j->main_steps * d / depths, to = j->main_steps * (d + 1) / depths;
-            for (int64_t b = 0; b < blocks; b++) {
-                const uint16_t *here = left + b * left_steps * STEP;
-                const int tall = (block + b) * BLOCK + 16 < j->args->M;
-                for (int64_t p = at; p < until; p++) {
-                    float *s = depths == 1 ? sums : sums + ((p - at) * BLOCKS + b) * 1024;
-                    const uint16_t *right = j->right + p * j->panel_stride;
-                    if (d) fetch_sums(s);
-                    else clear_sums();
-                    if (d + 1 == depths) write(j, block + b, p, NULL);
-                    multiply(here + from * STEP, right + from * STEP, to - from, tall, 1);
-                    if (d + 1 == depths && low_rank) {
-                        int64_t step = 0, steps = j->all_rank_steps;
-                        if (low_rank == 1) { /* forward: the panel's layer has ranks of its own */
-                            int64_t i = layer_of_panel(j, p);
-                            step = j->rank_step[i], steps = j->rank_steps[i];
-                        }
-                        multiply(here + (j->main_steps + step) * STEP, right + j->main_steps * STEP, steps, tall, 1);
-                    }
-                    put_sums(s);
-                    if (d + 1 == depths) write(j, block + b, p, s);
-                }
-            }
-        }
-    }
+/* A block's ranks, from `step` on, times panel `p` of the up factor, added to 32 columns of y (or dx). */
+static void add_panel(const lora_job *j, const uint16_t *ranks, int64_t step, int64_t steps, int64_t p, int64_t m, float *sums, uint16_t *y,
+                      int64_t stride, int64_t columns) {
+    const int64_t rows = at_most(j->args->M - m, BLOCK);
+    clear_sums();
+    multiply(ranks + step * STEP, j->up + p * j->all_rank_steps * STEP, steps, rows > 16, 1);
+    put_sums(sums);
+    add_block(sums, y + m * stride, stride, rows, columns);
 }
 
-static void write_y(const lora_job *j, int64_t block, int64_t panel, const float *sums) {
-    const lora_args *a = j->args;
-    const int64_t i = layer_of_panel(j, panel), n = (panel - j->first_panel[i]) * BLOCK, m = block * BLOCK;
-    const lora_layer *l = &a->layer[i];
-    if (!sums) return prefetch_block(l->y + m * l->N + n, l->N, at_most(a->M - m, BLOCK));
-    write_block(sums, l->y + m * l->N + n, l->N, at_most(a->M - m, BLOCK), l->N - n, l->bias ? l->bias + n : NULL);
-}
-
-static void write_dx(const lora_job *j, int64_t block, int64_t panel, const float *sums) {
-    const lora_args *a = j->args;
-    const int64_t k = panel * BLOCK, m = block * BLOCK;
-    if (!sums) return prefetch_block(a->dx + m * a->K + k, a->K, at_most(a->M - m, BLOCK));
-    write_block(sums, a->dx + m * a->K + k, a->K, at_most(a->M - m, BLOCK), a->K - k, NULL);
-}
-
-/* The threads' share of blocks and panels: rows first, since a thread makes its rows' left factor and ranks. */
-typedef struct {
-    int64_t first_block, last_block, first_panel, last_panel;
-} share;
-
-static share share_of(const lora_job *j, int64_t thread, int64_t threads) {
-    const int64_t blocks = j->m_steps, panels = j->first_panel[j->args->layers];
-    const int64_t down = at_most(threads, blocks) > 0 ? at_most(threads, blocks) : 1, across = threads / down;
-    const int64_t row = thread % down, column = thread / down;
-    if (column >= across) return (share){0, 0, 0, 0};
-    return (share){part_start(blocks, 1, row, down), part_start(blocks, 1, row + 1, down), part_start(panels, 1, column, across),
-                   part_start(panels, 1, column + 1, across)};
-}
-
+/* Room for a block of the left factors and its ranks, and for sums. */
 static uint16_t *left_memory(const lora_job *j, float **sums) {
-    const int64_t left_steps = j->main_steps + j->all_rank_steps;
-    const int64_t extra = steps_of(j->args->K) + j->all_rank_steps; /* a block of x and its ranks, beside one of dY */
-    const size_t left = (BLOCKS * left_steps + extra) * STEP * sizeof(uint16_t);
-    char *memory = scratch(1, left + (size_t)WIDTH * BLOCKS * 4096);
+    const int64_t widest = j->k_steps > j->n_steps ? j->k_steps : j->n_steps;
+    const size_t left = (widest + j->all_rank_steps) * STEP * sizeof(uint16_t);
+    char *memory = scratch(1, left + 4096);
     if (!memory) return NULL;
     *sums = (float *)(memory + left);
     return (uint16_t *)memory;
@@ -140,8 +84,6 @@ static uint16_t *left_memory(const lora_job *j, float **sums) {
 static void forward_task(void *context, int64_t thread, int64_t threads) {
     lora_job *j = context;
     const lora_args *a = j->args;
-    const share mine = share_of(j, thread, threads);
-    const int64_t left_steps = j->main_steps + j->all_rank_steps;
     float *sums;
     uint16_t *left = left_memory(j, &sums);
     if (!left) {
@@ -149,125 +91,136 @@ static void forward_task(void *context, int64_t thread, int64_t threads) {
         return;
     }
     const factor x = {.values = a->x, .stride = a->K, .rows = a->M, .columns = a->K};
-    const factor dropped = {.values = a->dropped, .stride = a->K, .rows = a->M, .columns = a->K};
-    uint16_t *other = left + BLOCKS * left_steps * STEP;
+    uint16_t *s = left + j->k_steps * STEP;
     configure_tiles(16, 16);
-    for (int64_t b = mine.first_block; b < mine.last_block; b += BLOCKS) {
-        const int64_t blocks = at_most(mine.last_block - b, BLOCKS);
-        for (int64_t i = 0; i < blocks; i++) {
-            uint16_t *here = left + i * left_steps * STEP, *from = here;
-            pack_left(&x, (b + i) * BLOCK, here);
-            if (a->dropped != a->x && j->ranks) pack_left(&dropped, (b + i) * BLOCK, from = other);
-            block_ranks(j, from, low_of(j).s, j->main_steps, sums, here + j->main_steps * STEP);
+    for (int64_t b = part_start(j->m_steps, 1, thread, threads); b < part_start(j->m_steps, 1, thread + 1, threads); b++) {
+        pack_left(&x, b * BLOCK, left);
+        block_ranks(j, left, j->s, j->k_steps, sums, s);
+        for (int64_t i = 0; i < a->layers; i++) {
+            const lora_layer *l = &a->layer[i];
+            for (int64_t p = j->first_panel[i], n = 0; p < j->first_panel[i + 1]; p++, n += BLOCK)
+                add_panel(j, s, j->rank_step[i], j->rank_steps[i], p, b * BLOCK, sums, l->y + n, l->N, l->N - n);
         }
-        product(j, left, b, blocks, mine.first_panel, mine.last_panel, 1, sums, write_y);
     }
     _tile_release();
 }
 
-static void dx_task(void *context, int64_t thread, int64_t threads) {
+/* Ranks [step, step + steps) of a group of blocks times its rows of 32 columns of f, added to the part's sums. */
+static void add_columns(const lora_job *j, const uint16_t *turned, int64_t step, int64_t steps, const factor *f, int64_t block, int64_t blocks,
+                        int64_t column, float *sums, int fresh, uint16_t *right) {
+    for (int64_t i = 0; i < blocks; i++) pack_step(f, (block + i) * BLOCK, column, at_most(f->columns - column, BLOCK), right + i * STEP, 0);
+    for (int64_t e = step; e < step + steps; e++) {
+        if (fresh) clear_sums();
+        else fetch_sums(sums + e * SUMS);
+        multiply(turned + e * GROUP * STEP, right, blocks, j->wide, 1);
+        put_sums(sums + e * SUMS);
+    }
+}
+
+static factor rows_of_dy(const lora_args *a, int64_t i) {
+    return (factor){.values = a->layer[i].y, .stride = a->layer[i].N, .rows = a->M, .columns = a->layer[i].N};
+}
+
+/* A part of the rows: V, and with it dX, and the part's sums of dA and dB. */
+static void backward_task(void *context, int64_t thread, int64_t threads) {
     lora_job *j = context;
     const lora_args *a = j->args;
-    const share mine = share_of(j, thread, threads);
-    const int64_t left_steps = j->main_steps + j->all_rank_steps, k_steps = steps_of(a->K);
-    float *sums;
-    uint16_t *left = left_memory(j, &sums);
+    const int64_t E = j->all_rank_steps, widest = j->k_steps > j->n_steps ? j->k_steps : j->n_steps;
+    uint16_t *left = scratch(1, ((widest + E + 2 * E * GROUP + GROUP) * STEP) * sizeof(uint16_t) + SUMS * sizeof(float));
     if (!left) {
         j->failed = 1;
         return;
     }
-    const factor dropped = {.values = a->dropped, .stride = a->K, .rows = a->M, .columns = a->K};
-    uint16_t *other = left + BLOCKS * left_steps * STEP;
+    uint16_t *ranks = left + widest * STEP, *turned_s = ranks + E * STEP, *turned_V = turned_s + E * GROUP * STEP;
+    uint16_t *right = turned_V + E * GROUP * STEP;
+    float *sums = (float *)(right + GROUP * STEP);
+    const factor x = {.values = a->x, .stride = a->K, .rows = a->M, .columns = a->K};
     configure_tiles(16, 16);
-    for (int64_t b = mine.first_block; b < mine.last_block; b += BLOCKS) {
-        const int64_t blocks = at_most(mine.last_block - b, BLOCKS);
-        for (int64_t i = 0; i < blocks; i++) {
-            uint16_t *here = left + i * left_steps * STEP, *V = here + j->main_steps * STEP;
-            for (int64_t l = 0; l < a->layers; l++) {
-                const factor dy = {.values = a->layer[l].y, .stride = a->layer[l].N, .rows = a->M, .columns = a->layer[l].N};
-                pack_left(&dy, (b + i) * BLOCK, here + j->first_step[l] * STEP);
+    for (int64_t part = part_start(j->parts, 1, thread, threads); part < part_start(j->parts, 1, thread + 1, threads); part++) {
+        const int64_t first = part * j->part_blocks, last = at_most(first + j->part_blocks, j->m_steps);
+        for (int64_t b = first; b < last; b += GROUP) {
+            const int64_t blocks = at_most(last - b, GROUP);
+            for (int64_t c = 0; c < blocks; c++) {
+                if (j->need_B) {
+                    pack_left(&x, (b + c) * BLOCK, left);
+                    block_ranks(j, left, j->s, j->k_steps, sums, ranks);
+                    for (int64_t e = 0; e < E; e++) turn_ranks(ranks + e * STEP, j->ranks - e * BLOCK, turned_s + (e * GROUP + c) * STEP);
+                }
+                for (int64_t i = 0; i < a->layers; i++) {
+                    const factor dy = rows_of_dy(a, i);
+                    pack_left(&dy, (b + c) * BLOCK, left + j->first_panel[i] * STEP);
+                }
+                block_ranks(j, left, j->v, j->n_steps, sums, ranks);
+                for (int64_t e = 0; e < E; e++) turn_ranks(ranks + e * STEP, j->ranks - e * BLOCK, turned_V + (e * GROUP + c) * STEP);
+                if (a->low_rank) copy_ranks(j, ranks, (b + c) * BLOCK);
+                else if (a->dx)
+                    for (int64_t p = 0, k = 0; p < j->k_steps; p++, k += BLOCK)
+                        add_panel(j, ranks, 0, E, p, (b + c) * BLOCK, sums, a->dx + k, a->K, a->K - k);
             }
-            block_ranks(j, here, low_of(j).v, j->main_steps, sums, V);
-            if (mine.first_panel) continue; /* who has the first panel also has these */
-            for (int64_t e = 0; j->columns_V && e < j->all_rank_steps; e++)
-                turn_ranks(V + e * STEP, j->ranks - e * BLOCK, j->columns_V + (e * j->m_steps + b + i) * STEP);
-            if (j->columns_s) {
-                pack_left(&dropped, (b + i) * BLOCK, other);
-                block_ranks(j, other, low_of(j).s, k_steps, sums, other + k_steps * STEP);
-                for (int64_t e = 0; e < j->all_rank_steps; e++)
-                    turn_ranks(other + (k_steps + e) * STEP, j->ranks - e * BLOCK, j->columns_s + (e * j->m_steps + b + i) * STEP);
+            for (int64_t p = 0; j->need_A && p < j->k_steps; p++)
+                add_columns(j, turned_V, 0, E, &x, b, blocks, p * BLOCK, sums_of(j, part, p, 0), b == first, right);
+            for (int64_t i = 0; j->need_B && i < a->layers; i++) {
+                const factor dy = rows_of_dy(a, i);
+                for (int64_t p = j->first_panel[i], n = 0; p < j->first_panel[i + 1]; p++, n += BLOCK)
+                    add_columns(j, turned_s, j->rank_step[i], j->rank_steps[i], &dy, b, blocks, n, sums_of(j, part, j->k_steps + p, 0),
+                                b == first, right);
             }
-            if (a->low_rank) copy_ranks(j, V, (b + i) * BLOCK);
         }
-        if (a->dx) product(j, left, b, blocks, mine.first_panel, mine.last_panel, a->low_rank ? 0 : 2, sums, write_dx);
     }
     _tile_release();
 }
 
-/* dA and dB: a thread takes panels of x's and of the dYs' columns and sums over all rows. */
+/* The parts' sums of one panel and step of ranks, in order. */
+static void add_parts(const lora_job *j, int64_t panel, int64_t step, float *total) {
+    memset(total, 0, SUMS * sizeof(float));
+    for (int64_t part = 0; part < j->parts; part++) {
+        const float *sums = sums_of(j, part, panel, step);
+        for (int k = 0; k < SUMS; k++) total[k] += sums[k];
+    }
+}
+
+/* dA and dB from the parts' sums: a thread takes panels of x's and of the dYs' columns. */
 static void adapter_task(void *context, int64_t thread, int64_t threads) {
     lora_job *j = context;
     const lora_args *a = j->args;
-    int64_t first[MAX_LAYERS + 2] = {0, j->columns_V ? steps_of(a->K) : 0};
-    for (int64_t i = 0; i < a->layers; i++) first[i + 2] = first[i + 1] + (a->layer[i].dB ? steps_of(a->layer[i].N) : 0);
-    uint16_t *right = scratch(1, (j->m_steps * STEP + 2048) * sizeof(uint16_t));
-    if (!right) {
-        j->failed = 1;
-        return;
-    }
-    float *sums = (float *)(right + j->m_steps * STEP);
-    const int64_t items = first[a->layers + 1];
-    configure_tiles(16, 16);
-    for (int64_t item = part_start(items, 1, thread, threads); item < part_start(items, 1, thread + 1, threads); item++) {
-        int64_t of = 0; /* 0: x, i + 1: layer i's dY */
-        while (item >= first[of + 1]) of++;
-        const int64_t columns = of ? a->layer[of - 1].N : a->K, at = (item - first[of]) * BLOCK, count = at_most(columns - at, BLOCK);
-        const factor f = {.values = of ? a->layer[of - 1].y : a->dropped, .stride = columns, .rows = a->M, .columns = columns};
-        for (int64_t s = 0; s < j->m_steps; s++) pack_step(&f, s * BLOCK, at, count, right + s * STEP, 0);
-        for (int64_t e = 0; e < j->all_rank_steps; e++) {
-            if (of && (e < j->rank_step[of - 1] || e >= j->rank_step[of - 1] + j->rank_steps[of - 1])) continue;
-            clear_sums();
-            multiply((of ? j->columns_s : j->columns_V) + e * j->m_steps * STEP, right, j->m_steps, j->wide, 1);
-            put_sums(sums);
-            for (int64_t i = of ? of - 1 : 0; i < (of ? of : a->layers); i++)
+    float total[SUMS] __attribute__((aligned(64)));
+    const int64_t panels = j->k_steps + j->n_steps;
+    for (int64_t panel = part_start(panels, 1, thread, threads); panel < part_start(panels, 1, thread + 1, threads); panel++) {
+        const int of_x = panel < j->k_steps;
+        if (of_x ? !j->need_A : !j->need_B) continue;
+        const int64_t first = of_x ? 0 : layer_of_panel(j, panel - j->k_steps), last = of_x ? a->layers : first + 1;
+        const int64_t at = (of_x ? panel : panel - j->k_steps - j->first_panel[first]) * BLOCK;
+        const int64_t count = at_most((of_x ? a->K : a->layer[first].N) - at, BLOCK);
+        const int64_t step = of_x ? 0 : j->rank_step[first], steps = of_x ? j->all_rank_steps : j->rank_steps[first];
+        for (int64_t e = step; e < step + steps; e++) {
+            add_parts(j, panel, e, total);
+            for (int64_t i = first; i < last; i++)
                 for (int64_t r = 0; r < a->layer[i].r; r++) {
                     const int64_t row = j->first_rank[i] + r - e * BLOCK;
                     if (row < 0 || row >= BLOCK) continue;
-                    const float *from = sums + row / 16 * 512 + row % 16 * 16;
+                    const float *from = total + row / 16 * 512 + row % 16 * 16;
                     for (int64_t c = 0; c < count; c++) {
                         const float value = from[c / 16 * 256 + c % 16];
-                        if (of) a->layer[i].dB[(at + c) * a->layer[i].r + r] = value;
+                        if (!of_x) a->layer[i].dB[(at + c) * a->layer[i].r + r] = value;
                         else if (a->layer[i].dA) a->layer[i].dA[r * a->K + at + c] = value;
                     }
                 }
         }
     }
-    _tile_release();
 }
-
-void advise_huge_pages(void *start, int64_t bytes);
-
-static const isa *const engine = &isa_avx512;
 
 /* Bytes of `workspace` for lora_amx_forward (backward = 0) or lora_amx_backward. */
 int64_t lora_amx_bytes(const lora_args *a, int backward) {
     lora_job j;
-    set_up(&j, a, engine, backward);
-    int64_t steps = j.first_panel[a->layers] * j.panel_stride / STEP + j.all_rank_steps * steps_of(a->K);
-    if (backward) steps += j.all_rank_steps * (j.main_steps + 2 * j.m_steps);
-    return steps * STEP * (int64_t)sizeof(uint16_t);
-}
-
-static void lay_out(lora_job *j) {
-    const int64_t right = j->first_panel[j->args->layers] * j->panel_stride;
-    advise_huge_pages(j->right, right * (int64_t)sizeof(uint16_t));
-    j->low = j->right + right;
+    set_up(&j, a, backward);
+    const int64_t steps = j.k_steps + j.n_steps; /* of the three right factors: s's and up's, V's and, backward, up's over K */
+    const int64_t right = (backward ? steps + j.k_steps : steps) * j.all_rank_steps * STEP * (int64_t)sizeof(uint16_t);
+    return right + (backward ? j.parts * steps * j.all_rank_steps * SUMS * (int64_t)sizeof(float) : 0);
 }
 
 int lora_amx_forward(const lora_args *a) {
     lora_job j;
-    set_up(&j, a, engine, 0);
-    lay_out(&j);
+    set_up(&j, a, 0);
     run_parallel(pack_forward, &j, a->threads);
     run_parallel(forward_task, &j, a->threads);
     return -j.failed;
@@ -275,16 +228,10 @@ int lora_amx_forward(const lora_args *a) {
 
 int lora_amx_backward(const lora_args *a) {
     lora_job j;
-    set_up(&j, a, engine, 1);
-    lay_out(&j);
-    uint16_t *columns = j.low + j.all_rank_steps * (steps_of(a->K) + j.main_steps) * STEP;
-    int need_A = 0, need_B = 0;
-    for (int64_t i = 0; i < a->layers; i++) need_A |= a->layer[i].dA != NULL, need_B |= a->layer[i].dB != NULL;
-    if (need_A) j.columns_V = columns;
-    if (need_B) j.columns_s = columns + j.all_rank_steps * j.m_steps * STEP;
+    set_up(&j, a, 1);
     run_parallel(pack_backward, &j, a->threads);
-    run_parallel(dx_task, &j, a->threads);
-    if (need_A || need_B) run_parallel(adapter_task, &j, a->threads);
+    run_parallel(backward_task, &j, a->threads);
+    if (j.need_A || j.need_B) run_parallel(adapter_task, &j, a->threads);
     return -j.failed;
 }
 END_TARGET

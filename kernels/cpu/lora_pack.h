@@ -6,24 +6,23 @@
 #include "amx_gemm.h"
 #include "lora.h"
 
-/* A block's left factor meets DEPTH steps of WIDTH panels, which stay in the second-level cache while ROWS rows pass; between
- * depths the sums wait in memory. */
-enum { DEPTH = 24, WIDTH = 16, BLOCKS = 16, MAX_LAYERS = 4 };
+enum { MAX_LAYERS = 4 };
+/* dA and dB are summed over GROUP blocks at a time while x's and dY's rows are in the cache, then over parts of the rows: as many
+ * parts whatever the number of threads, so that sums have the same order. */
+enum { GROUP = 4, PARTS = 16, SUMS = 4 * 256 };
 
 typedef struct {
     const lora_args *args;
-    factor weight[MAX_LAYERS];
-    weight packed[MAX_LAYERS];
-    int64_t steps[MAX_LAYERS];      /* of the sum: over K forward, over N backward; where the layer's first begins */
-    int64_t first_step[MAX_LAYERS];
+    int64_t first_panel[MAX_LAYERS + 1]; /* where the layer's panels of 32 columns begin, which are also steps of a sum over all N */
     int64_t first_rank[MAX_LAYERS], rank_step[MAX_LAYERS], rank_steps[MAX_LAYERS]; /* columns of s and V; steps that hold them */
-    int64_t first_panel[MAX_LAYERS + 1];
-    int64_t main_steps, all_rank_steps, ranks, panel_stride;
-    int wide;                       /* whether s and V have more than 16 columns */
-    uint16_t *right;                /* the product's right factor, panel by panel */
-    uint16_t *low;                  /* the right factors of s (forward, backward) and V (backward) */
-    uint16_t *columns_V, *columns_s; /* V^T and s^T as left factors over M: [32 ranks][step of M] */
-    int64_t m_steps;
+    int64_t k_steps, n_steps, m_steps; /* over K, over all the layers' N, over M */
+    int64_t ranks, all_rank_steps;
+    int wide;        /* whether s and V have more than 16 columns */
+    uint16_t *up;    /* the right factor of what is added to y or dx, panel by panel, all_rank_steps each */
+    uint16_t *s, *v; /* the right factors of s, panels of [steps of K], and of V, panels of [steps of all N] */
+    int need_A, need_B;
+    int64_t parts, part_blocks; /* parts of the rows, and their blocks */
+    float *sums;                /* [part][panel of x's columns, then of the dYs'][step of ranks] SUMS */
     int failed;
 } lora_job;
 
@@ -48,38 +47,32 @@ static void place_ranks(lora_job *j) {
     j->wide = rank > 16;
 }
 
-static void set_up(lora_job *j, const lora_args *a, const isa *engine, int backward) {
+static void set_up(lora_job *j, const lora_args *a, int backward) {
     *j = (lora_job){.args = a};
     place_ranks(j);
-    int64_t panels = 0, steps = 0;
+    int64_t panels = 0;
     for (int64_t i = 0; i < a->layers; i++) {
-        const lora_layer *l = &a->layer[i];
-        j->weight[i] = (factor){.values = l->weight, .stride = a->K, .rows = l->N, .columns = a->K, .engine = engine};
-        if (l->block_size) {
-            j->packed[i] = (weight){l->weight, l->absmax, l->nested_absmax, l->nested_absmax ? *l->nested_offset : 0,
-                                    l->nested_block_size, l->block_size, &codebooks[l->quant_type]};
-            j->weight[i].w = &j->packed[i];
-        }
-        j->first_panel[i] = panels, j->first_step[i] = backward ? steps : 0;
-        j->steps[i] = steps_of(backward ? l->N : a->K);
-        panels += steps_of(l->N), steps += j->steps[i];
+        j->first_panel[i] = panels;
+        panels += steps_of(a->layer[i].N);
     }
-    j->first_panel[a->layers] = backward ? steps_of(a->K) : panels;
-    j->main_steps = backward ? steps : steps_of(a->K);
-    j->panel_stride = (j->main_steps + j->all_rank_steps) * STEP;
-    j->m_steps = steps_of(a->M);
-    j->right = a->workspace;
+    j->k_steps = steps_of(a->K), j->n_steps = panels, j->m_steps = steps_of(a->M);
+    j->first_panel[a->layers] = panels;
+    const int64_t up = (backward ? j->k_steps : panels) * j->all_rank_steps * STEP;
+    j->up = a->workspace;
+    j->s = j->up + up;
+    j->v = j->s + j->all_rank_steps * j->k_steps * STEP;
+    j->sums = (float *)(j->v + (backward ? j->all_rank_steps * j->n_steps * STEP : 0));
+    for (int64_t i = 0; i < a->layers; i++) j->need_A |= a->layer[i].dA != NULL, j->need_B |= a->layer[i].dB != NULL;
+    j->part_blocks = ceil_div(ceil_div(j->m_steps, PARTS), GROUP) * GROUP;
+    j->parts = j->part_blocks ? ceil_div(j->m_steps, j->part_blocks) : 0;
+}
+
+/* Where a part's sums of a panel are. */
+static inline float *sums_of(const lora_job *j, int64_t part, int64_t panel, int64_t step) {
+    return j->sums + ((part * (j->k_steps + j->n_steps) + panel) * j->all_rank_steps + step) * SUMS;
 }
 
 /* Right factors are made by all threads: each takes a run of steps or of panels. */
-typedef struct {
-    lora_job *job;
-    uint16_t *s, *v; /* the right factors of s, panels of [steps of K], and of V, panels of [steps of all N] */
-} low_factors;
-
-static low_factors low_of(lora_job *j) {
-    return (low_factors){j, j->low, j->low + j->all_rank_steps * steps_of(j->args->K) * STEP};
-}
 
 /* Columns [k, k + count) of the layers' A, each row at its place among the ranks of `panel`: out (32, PIECE). */
 static factor rows_of_A(const lora_job *j, int64_t panel, int64_t k, int64_t count, uint16_t *out) {
@@ -103,13 +96,13 @@ static void pack_ranks_of_A(const lora_job *j, int64_t panel, uint16_t *out) {
     }
 }
 
-/* The last steps of [W ; A]: ranks are what is summed over. */
+/* A step of the right factor of V A: ranks are what is summed over. */
 static void pack_step_of_A(const lora_job *j, int64_t step, uint16_t *out) {
-    const int64_t K = j->args->K;
+    const int64_t K = j->args->K, panel_stride = j->all_rank_steps * STEP;
     uint16_t rows[BLOCK * PIECE] __attribute__((aligned(64)));
-    for (int64_t k = 0; k < K; k += PIECE, out += PIECE / 32 * j->panel_stride) {
+    for (int64_t k = 0; k < K; k += PIECE, out += PIECE / 32 * panel_stride) {
         const factor A = rows_of_A(j, step, k, at_most(K - k, PIECE), rows);
-        pack_step(&A, 0, 0, A.columns, out, j->panel_stride);
+        pack_step(&A, 0, 0, A.columns, out, panel_stride);
     }
 }
 
@@ -133,38 +126,32 @@ static int64_t layer_of_panel(const lora_job *j, int64_t panel) {
 
 static void pack_forward(void *context, int64_t thread, int64_t threads) {
     lora_job *j = context;
-    const lora_args *a = j->args;
     uint16_t rows[BLOCK * BLOCK] __attribute__((aligned(64)));
-    const int64_t panels = j->first_panel[a->layers], stop = part_start(panels, 1, thread + 1, threads);
-    for (int64_t p = part_start(panels, 1, thread, threads); p < stop; p++) {
+    const int64_t stop = part_start(j->n_steps, 1, thread + 1, threads);
+    for (int64_t p = part_start(j->n_steps, 1, thread, threads); p < stop; p++) {
         const int64_t i = layer_of_panel(j, p), n = (p - j->first_panel[i]) * BLOCK;
-        uint16_t *out = j->right + p * j->panel_stride;
-        pack_transposed(&j->weight[i], n, out);
         for (int64_t e = 0; e < j->rank_steps[i]; e++) {
             const factor B = rows_of_B(j, i, n, j->rank_step[i] + e, rows);
-            pack_transposed(&B, 0, out + (j->main_steps + e) * STEP);
+            pack_transposed(&B, 0, j->up + (p * j->all_rank_steps + e) * STEP);
         }
     }
-    for (int64_t e = thread; e < j->all_rank_steps; e += threads) pack_ranks_of_A(j, e, low_of(j).s + e * j->main_steps * STEP);
+    for (int64_t e = thread; e < j->all_rank_steps; e += threads) pack_ranks_of_A(j, e, j->s + e * j->k_steps * STEP);
 }
 
 static void pack_backward(void *context, int64_t thread, int64_t threads) {
     lora_job *j = context;
-    const lora_args *a = j->args;
     uint16_t rows[BLOCK * BLOCK] __attribute__((aligned(64)));
-    const int64_t stop = part_start(j->main_steps, 1, thread + 1, threads);
-    for (int64_t s = part_start(j->main_steps, 1, thread, threads), i = 0; s < stop; s++) {
-        while (s >= j->first_step[i] + j->steps[i]) i++;
-        const int64_t n = (s - j->first_step[i]) * BLOCK;
-        if (a->dx) pack_step(&j->weight[i], n, 0, a->K, j->right + s * STEP, j->panel_stride);
+    const int64_t stop = part_start(j->n_steps, 1, thread + 1, threads);
+    for (int64_t p = part_start(j->n_steps, 1, thread, threads); p < stop; p++) {
+        const int64_t i = layer_of_panel(j, p), n = (p - j->first_panel[i]) * BLOCK;
         for (int64_t e = 0; e < j->all_rank_steps; e++) {
             const factor B = rows_of_B(j, i, n, e, rows);
-            pack_step(&B, 0, 0, BLOCK, low_of(j).v + (e * j->main_steps + s) * STEP, 0);
+            pack_step(&B, 0, 0, BLOCK, j->v + (e * j->n_steps + p) * STEP, 0);
         }
     }
     for (int64_t e = thread; e < j->all_rank_steps; e += threads) {
-        pack_ranks_of_A(j, e, low_of(j).s + e * steps_of(a->K) * STEP);
-        if (a->dx && !a->low_rank) pack_step_of_A(j, e, j->right + (j->main_steps + e) * STEP);
+        if (j->need_B) pack_ranks_of_A(j, e, j->s + e * j->k_steps * STEP);
+        if (j->args->dx && !j->args->low_rank) pack_step_of_A(j, e, j->up + e * STEP);
     }
 }
 

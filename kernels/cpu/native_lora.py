@@ -1,7 +1,7 @@
 """lora_linear of the native CPU engine.
 
-Many rows of bfloat16 on a machine with AMX: one product in C, in which the low rank is a few more steps and a group of layers
-one wider layer (lora_amx.c). Few rows: the base product, and the low rank added by one call. Else torch's skinny products.
+The base product is the vendor's, or the packed weight's (native.py). The low rank is added to it by one call in C: for many rows
+of bfloat16 on a machine with AMX by lora_amx.c, for few rows by multi_lora.c. Else torch's thin products.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from torch import Tensor
 from . import native, pytorch_lora
 
 _P, _L = ctypes.c_void_p, ctypes.c_int64
-_QUANT_TYPES = {"none": 0, "nf4": 0, "fp4": 1}
-# Fewer rows leave the packing of the weight unpaid.
+# Fewer rows leave the packing of the factors unpaid.
 _AMX_ROWS = 64
 # Up to so many rows the low-rank term is one call in C instead of two products and a cast of torch's.
 _FEW_ROWS = 64
@@ -27,9 +26,7 @@ class _Layer(ctypes.Structure):
     """lora_layer in lora.h."""
 
     _fields_ = [
-        *((name, _P) for name in ("weight", "absmax", "nested_absmax", "nested_offset")),
-        *((name, _L) for name in ("nested_block_size", "block_size", "quant_type")),
-        *((name, _P) for name in ("A", "B", "bias", "y", "dA", "dB")),
+        *((name, _P) for name in ("A", "B", "y", "dA", "dB")),
         *((name, _L) for name in ("N", "r")),
         ("scaling", ctypes.c_double),
     ]
@@ -39,7 +36,7 @@ class _Args(ctypes.Structure):
     """lora_args in lora.h."""
 
     _fields_ = [
-        *((name, _P) for name in ("x", "dropped", "dx", "low_rank", "workspace")),
+        *((name, _P) for name in ("x", "dx", "low_rank", "workspace")),
         *((name, _L) for name in ("M", "K", "layers", "threads")),
         ("layer", ctypes.POINTER(_Layer)),
     ]
@@ -77,26 +74,20 @@ def _amx_takes(x: Tensor) -> bool:
 class _Call:
     """The arguments of one call in C, and the tensors that they point into for as long as it lasts."""
 
-    def __init__(self, x: Tensor, dropped: Tensor):
+    def __init__(self, x: Tensor):
         self._alive: list[Tensor | None] = []
         self._layers: list[_Layer] = []
-        pointers = self._pointer(x), self._pointer(dropped)
-        self.args = _Args(*pointers, None, None, None, *x.shape, 0, torch.get_num_threads(), None)
+        self.args = _Args(self._pointer(x), None, None, None, *x.shape, 0, torch.get_num_threads(), None)
 
     def _pointer(self, tensor: Tensor | None) -> int | None:
         self._alive.append(tensor)
         return None if tensor is None else tensor.data_ptr()
 
-    def add(self, base: tuple, A: Tensor, B: Tensor, bias, y: Tensor, dA, dB, scaling: float) -> None:
-        """One layer: y (M, N) is written forward and is dY backward."""
-        weight, absmax, nested_absmax, nested_offset, nested_block_size, block_size, quant_type = base
-        weight, absmax = weight.contiguous(), None if absmax is None else absmax.contiguous()
+    def add(self, A: Tensor, B: Tensor, y: Tensor, dA: Tensor | None, dB: Tensor | None, scaling: float) -> None:
+        """One layer: y (M, N) is added to forward and is dY backward."""
         A, B = A.to(torch.bfloat16).contiguous(), B.to(torch.bfloat16).contiguous()
-        stored = [self._pointer(t) for t in (weight, absmax, nested_absmax, nested_offset)]
-        block_size = 0 if quant_type == "none" else block_size
-        own = [self._pointer(t) for t in (A, B, bias, y, dA, dB)]
-        sizes = (nested_block_size, block_size, _QUANT_TYPES[quant_type])
-        self._layers.append(_Layer(*stored, *sizes, *own, y.shape[1], A.shape[0], scaling))
+        pointers = [self._pointer(t) for t in (A, B, y, dA, dB)]
+        self._layers.append(_Layer(*pointers, y.shape[1], A.shape[0], scaling))
 
     def wants(self, dx: Tensor | None, V: Tensor | None) -> None:
         self.args.dx, self.args.low_rank = self._pointer(dx), self._pointer(V)
@@ -109,11 +100,11 @@ class _Call:
 
 
 def _forward(x: Tensor, bases: list[tuple], As, Bs, scalings, biases, dropout: float, seed: int, Ns) -> list[Tensor]:
-    x = x.contiguous()
-    ys = [torch.empty(x.shape[0], N, dtype=x.dtype) for N in Ns]
-    call = _Call(x, _dropped(x, dropout, seed))
-    for base, A, B, scaling, bias, y in zip(bases, As, Bs, scalings, biases, ys, strict=True):
-        call.add(base, A, B, bias, y, None, None, scaling)
+    x, K = x.contiguous(), x.shape[1]
+    ys = [pytorch_lora.base_product(native, x, base, bias, N, K) for base, bias, N in zip(bases, biases, Ns, strict=True)]
+    call = _Call(_dropped(x, dropout, seed))
+    for A, B, scaling, y in zip(As, Bs, scalings, ys, strict=True):
+        call.add(A, B, y, None, None, scaling)
     call.run(_library.lora_amx_forward, False)
     return ys
 
@@ -126,13 +117,13 @@ def _rounded(gradients: Sequence[Tensor | None], factors: Sequence[Tensor]) -> l
 def _backward(
     dys, x: Tensor, bases: list[tuple], As, Bs, scalings, dropout: float, seed: int, need_x: bool, need_A: bool, need_B: bool
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    x = x.contiguous()
-    dx = torch.empty_like(x) if need_x else None
+    x, dys = x.contiguous(), [dy.contiguous() for dy in dys]
+    dx = pytorch_lora.base_dx(native, dys, bases, x.shape[1]) if need_x else None
     dAs = [torch.empty(A.shape) if need_A else None for A in As]
     dBs = [torch.empty(B.shape) if need_B else None for B in Bs]
-    call = _Call(x, _dropped(x, dropout, seed))
-    for base, A, B, scaling, dy, dA, dB in zip(bases, As, Bs, scalings, dys, dAs, dBs, strict=True):
-        call.add(base, A, B, None, dy.contiguous(), dA, dB, scaling)
+    call = _Call(_dropped(x, dropout, seed))
+    for A, B, scaling, dy, dA, dB in zip(As, Bs, scalings, dys, dAs, dBs, strict=True):
+        call.add(A, B, dy, dA, dB, scaling)
     V = x.new_empty(x.shape[0], sum(len(A) for A in As)) if need_x and dropout else None
     call.wants(dx, V)
     call.run(_library.lora_amx_backward, True)

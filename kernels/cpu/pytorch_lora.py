@@ -57,6 +57,18 @@ def base_product(engine, x, base, bias, N, K) -> Tensor:
     return engine.linear_4bit(x, *tensors, bias, N, K, block_size, quant_type)
 
 
+def base_dx(engine, dys, bases, K) -> Tensor:
+    """The sum of dY W over layers that read the same x: (M, K)."""
+    dx = dys[0].new_empty(0)
+    for i, (dy, (*tensors, block_size, quant_type)) in enumerate(zip(dys, bases, strict=True)):
+        if quant_type == "none":
+            dx = dx.addmm_(dy, tensors[0]) if i else dy @ tensors[0]
+        else:
+            part = engine.linear_4bit_dx(dy, *tensors, dy.shape[1], K, block_size, quant_type)
+            dx = dx.add_(part) if i else part
+    return dx
+
+
 def lora_linear_on(engine, x, base, lora_A, lora_B, scaling, bias, p, seed, N, K) -> Tensor:
     """lora_linear where `engine` has linear_4bit."""
     y = base_product(engine, x, base, bias, N, K)
@@ -68,7 +80,6 @@ def lora_linear_backward_on(
     engine, dy, x, base, lora_A, lora_B, scaling, p, seed, N, K, need_x, need_A, need_B
 ) -> tuple[Tensor, Tensor, Tensor]:
     """lora_linear_backward where `engine` has linear_4bit_dx."""
-    *tensors, block_size, quant_type = base
     dx, dA, dB = x.new_empty(0), lora_A.new_empty(0), lora_B.new_empty(0)
     A, scaled_B = lora_A.to(x.dtype), (lora_B * scaling).to(x.dtype)
     if need_x or need_A:
@@ -80,8 +91,7 @@ def lora_linear_backward_on(
     if need_B:
         dB = ((dropped @ A.t()).t() @ dy).t().to(lora_B.dtype).mul_(scaling)
     if need_x:
-        dense = quant_type == "none"
-        dx = dy @ tensors[0] if dense else engine.linear_4bit_dx(dy, *tensors, N, K, block_size, quant_type)
+        dx = base_dx(engine, [dy], [base], K)
         dx = dx.addmm_(V, A) if p == 0.0 else dx.add_(dropout(V @ A, p, seed))
     return dx, dA, dB
 
