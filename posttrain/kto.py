@@ -95,10 +95,10 @@ def _sequences(items: Sequence[_Item]) -> tuple[Sequences, Sequences]:
     )
 
 
-def collate_labelled(items: Sequence[tuple[_Item, Tensor | None]], pad_id: int = 0) -> KtoBatch:
+def collate_labelled(items: Sequence[tuple[_Item, Tensor | None]]) -> KtoBatch:
     """A batch of items, each with the reference's log-probabilities (1 or 2,) of its completions or None."""
     own, others = _sequences([item for item, _ in items])
-    batches = [collate_completions(sequences, len(items), pad_id) if sequences else None for sequences in (own, others)]
+    batches = [collate_completions(sequences, len(items)) if sequences else None for sequences in (own, others)]
     refs = [ref for _, ref in items if ref is not None]
     if refs:
         columns = torch.stack(refs).T
@@ -162,7 +162,6 @@ def kto(
     precompute_ref: bool = False,
     ref_cache: str | Path | None = None,
     max_length: int | None = None,
-    pad_id: int = 0,
     resume: bool = False,
     quiet: bool = False,
     on_step: Callable[[dict[str, Any]], None] | None = None,
@@ -184,7 +183,7 @@ def kto(
         config,
         adapter,
         {"preference": asdict(preference)},
-        collate=partial(collate_labelled, pad_id=pad_id),
+        collate=collate_labelled,
         loss=partial(labelled_loss, config=preference, ref_model=ref_model),
         measure=partial(labelled_logps, items=items),
         about={"data": digest(examples), "loss_type": preference.loss_type},

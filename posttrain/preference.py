@@ -1,7 +1,7 @@
 """Preference optimization: DPO and its family on pairs of completions (losses: kernels/preference_losses.py).
 
-One forward pass over both completions of a batch's pairs in packed rows, the head on their tokens alone; the reference is the
-same model with its adapter off, so that one copy of the base serves both, in 4 bits too.
+One forward pass over a batch's pairs in one row, each prompt once and no padding, the head on the completions alone; the reference
+is the same model with its adapter off, so that one copy of the base serves both, in 4 bits too.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .completion_batch import CompletionBatch, collate_completions
+from .completion_batch import CompletionBatch, collate_shared
 from .errors import PosttrainError
 from .kernels import preference_loss
 from .kernels.preference_loss import check_options
@@ -109,9 +109,9 @@ def pair_sequences(pairs: Sequence[Pair]) -> list[tuple[list[int], list[int]]]:
     return [(p.prompt, p.chosen) for p in pairs] + [(p.prompt, p.rejected) for p in pairs]
 
 
-def collate_pairs(items: Sequence[tuple[Pair, Tensor | None]], pad_id: int = 0) -> CompletionBatch:
+def collate_pairs(items: Sequence[tuple[Pair, Tensor | None]]) -> CompletionBatch:
     """A batch of pairs, each with the reference's log-probabilities (2,) of its completions or None."""
-    batch = collate_completions(pair_sequences([pair for pair, _ in items]), len(items), pad_id)
+    batch = collate_shared([(pair.prompt, (pair.chosen, pair.rejected)) for pair, _ in items], len(items))
     refs = [ref for _, ref in items if ref is not None]
     return replace(batch, ref_logps=torch.stack(refs, 1).flatten()) if refs else batch
 
@@ -154,10 +154,10 @@ def pair_logps(
     device = model.model.embed_tokens.weight.device
 
     def sums_of(indices: list[int]) -> Tensor:
-        batch = collate_completions(pair_sequences([pairs[i] for i in indices])).to(device)
+        batch = collate_pairs([(pairs[i], None) for i in indices]).to(device)
         return completion_logps(batch, completion_logprobs(model, batch), ld_alpha).view(2, -1).T
 
-    lengths = [2 * len(p.prompt) + len(p.chosen) + len(p.rejected) for p in pairs]
+    lengths = [len(p.prompt) + len(p.chosen) + len(p.rejected) for p in pairs]
     return measure(lengths, sums_of, tokens_per_batch, progress)
 
 
@@ -172,7 +172,6 @@ def dpo(
     precompute_ref: bool = False,
     ref_cache: str | Path | None = None,
     max_length: int | None = None,
-    pad_id: int = 0,
     resume: bool = False,
     quiet: bool = False,
     on_step: Callable[[dict[str, Any]], None] | None = None,
@@ -197,7 +196,7 @@ def dpo(
         config,
         adapter,
         {"preference": asdict(preference)},
-        collate=partial(collate_pairs, pad_id=pad_id),
+        collate=collate_pairs,
         loss=partial(pair_loss, preference=preference, ref_model=ref_model),
         measure=partial(pair_logps, pairs=pairs, ld_alpha=preference.ld_alpha),
         about={"data": digest(pairs), "ld_alpha": str(preference.ld_alpha)},

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .completion_batch import CompletionBatch
 from .data import IGNORE_INDEX
 from .kernels import QuantizedWeight, linear_logprobs
 from .model.decoder import CausalLM
+from .model.segments import Segments
 from .quantized import QuantizedLinear
 
 # Logits at once through a head that is more than a weight.
@@ -27,7 +29,7 @@ class Labelled(Protocol):
     @property
     def position_ids(self) -> Tensor: ...
     @property
-    def segment_ids(self) -> Tensor | None: ...
+    def segment_ids(self) -> Tensor | Segments | None: ...
 
 
 def plain_head(model: CausalLM) -> tuple[Tensor | QuantizedWeight, Tensor | None] | None:
@@ -42,6 +44,8 @@ def labelled_hidden(model: CausalLM, batch: Labelled) -> tuple[Tensor, Tensor]:
     """(hidden states (N, D) that predict the N labelled tokens, their ids int64 (N,)), row by row."""
     packed = batch.segment_ids is not None
     hidden = model.hidden(batch.input_ids, batch.position_ids if packed else None, batch.segment_ids)
+    if isinstance(batch, CompletionBatch) and batch.predictors is not None and batch.targets is not None:
+        return hidden[0][batch.predictors], batch.targets
     labels = batch.labels[:, 1:]
     learned = labels != IGNORE_INDEX
     return hidden[:, :-1][learned], labels[learned]

@@ -8,8 +8,8 @@ from model_cases import random_model
 from tolerance import assert_as_accurate
 
 from posttrain import token_logprobs
-from posttrain.adapters import LoraConfig, attach
-from posttrain.completion_batch import collate_completions
+from posttrain.adapters import LoraConfig, PrefixTuningConfig, attach
+from posttrain.completion_batch import collate_completions, collate_shared
 from posttrain.quantized import quantize_model
 from posttrain.token_logprobs import collision_logprobs, completion_logprobs, labelled_hidden
 
@@ -41,6 +41,51 @@ def test_no_padding_between():
     ids = batch.padded(labels[labels != -100].double())
     for row, (_, completion) in zip(ids, some, strict=True):
         assert row[: len(completion)].tolist() == completion and not row[len(completion) :].any()
+
+
+def groups(count=5, seed=3):
+    """Prompts with two completions each, and one completion of a single token."""
+    both = sequences(2 * count, seed)
+    return [(both[2 * i][0], (both[2 * i][1], both[2 * i + 1][1][: 1 if i == 1 else None])) for i in range(count)]
+
+
+def test_prompts_once_and_nothing_that_is_not_read():
+    some = groups()
+    batch = collate_shared(some)
+    computed = sum(len(prompt) + sum(len(c) - 1 for c in completions) for prompt, completions in some)
+    assert batch.input_ids.shape == (1, computed) and batch.num_tokens == computed
+    assert batch.lengths.tolist() == [len(c[j]) for j in range(2) for _, c in some]
+    first, second = batch.padded(batch.targets.double()).chunk(2)
+    for rows, j in ((first, 0), (second, 1)):
+        for row, (_, completions) in zip(rows, some, strict=True):
+            assert row[: len(completions[j])].tolist() == completions[j]
+
+
+@pytest.mark.parametrize("adapter", [None, PrefixTuningConfig(num_virtual_tokens=3)], ids=["plain", "prefix"])
+@pytest.mark.parametrize("name", ["smollm2", "mistral_sliding"])
+def test_shared_prompts_change_nothing(name, adapter):
+    """Sums and their gradient by the embeddings (or the prefix): as with every prompt before each of its completions."""
+    some = groups()
+    apart = [(prompt, completions[j]) for j in range(2) for prompt, completions in some]
+    weight, found = torch.randn(len(apart), dtype=torch.float64), {}
+    for dtype in (torch.float64, torch.float32):
+        for shared in (True, False):
+            torch.manual_seed(0)
+            model = random_model(name, dtype)
+            if adapter is not None:
+                attach(model, adapter, dtype=dtype)
+            batch = collate_shared(some) if shared else collate_completions(apart)
+            sums = batch.sums(completion_logprobs(model, batch))
+            (sums * weight.to(sums.dtype)).sum().backward()
+            gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+            found[dtype, shared] = sums.detach(), torch.cat(gradients)
+    for ours, plain, exact in zip(
+        found[torch.float32, True], found[torch.float32, False], found[torch.float64, False], strict=True
+    ):
+        assert_as_accurate(ours, plain, exact)
+    for ours, exact in zip(found[torch.float64, True], found[torch.float64, False], strict=True):
+        # In float64 as far apart as sums of about a thousand terms in another order.
+        assert (ours - exact).norm() < 1000 * torch.finfo(torch.float64).eps * exact.norm()
 
 
 @pytest.mark.parametrize("name", ["smollm2", "llama2", "mistral_sliding"])
@@ -94,3 +139,5 @@ def test_empty_sequences_are_refused():
     for one in (([], [3]), ([3], [])):
         with pytest.raises(ValueError, match="expected at least one in each"):
             collate_completions([([3], [4]), one])
+        with pytest.raises(ValueError, match="expected at least one in each"):
+            collate_shared([([3], ([4], [5])), (one[0], (one[1], [4]))])

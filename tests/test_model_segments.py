@@ -28,11 +28,28 @@ def test_apart_and_together(lengths):
     apart = segments.apart(x)
     assert apart.shape == (len(lengths), 2, max(lengths), 3)
     for one, part, length in zip(apart, x[0].split(lengths, 1), lengths, strict=True):
-        assert torch.equal(one[:, :length], part) and not one[:, length:].any()
+        assert torch.equal(one[:, :length], part)
     assert torch.equal(segments.together(apart), x)
     weight = torch.randn_like(apart)
     (gradient,) = torch.autograd.grad((segments.together(apart * weight)).sum(), x)
     assert torch.equal(gradient, segments.together(weight))
+    mask = segments.mask()
+    ids = row(lengths)[0]
+    assert torch.equal(mask, ((ids[:, None] == ids) & torch.ones_like(mask).tril()))
+
+
+def test_a_shared_beginning():
+    """Tokens 0, 1 begin the rows of 2, 3 and of 4; token 5 stands alone."""
+    segments = Segments.of_rows([[0, 1, 2, 3], [0, 1, 4], [5]])
+    x = torch.randn(1, 2, 6, 3, dtype=torch.float64, requires_grad=True)
+    apart = segments.apart(x)
+    assert torch.equal(apart[1, :, :3], x[0][:, [0, 1, 4]]) and torch.equal(segments.together(apart), x)
+    weight = torch.randn_like(apart)
+    weight[1, :, 3:] = weight[2, :, 1:] = 0  # nothing reads padding
+    (gradient,) = torch.autograd.grad((apart * weight).sum(), x)
+    assert torch.equal(gradient[0, :, 1], weight[0, :, 1] + weight[1, :, 1]) and torch.equal(gradient[0, :, 4], weight[1, :, 2])
+    sees = [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 4], [5]]
+    assert [mask.nonzero().flatten().tolist() for mask in segments.mask()] == sees
 
 
 def test_where_a_mask_serves_better():

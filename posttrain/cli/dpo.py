@@ -154,7 +154,6 @@ def run(args: argparse.Namespace) -> None:
             precompute_ref=args.precompute_ref,
             ref_cache=args.ref_cache,
             max_length=args.max_length,
-            pad_id=0 if tokenizer.pad_id is None else tokenizer.pad_id,
             resume=args.resume,
         )
     except KeyboardInterrupt:

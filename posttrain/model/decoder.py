@@ -201,7 +201,7 @@ class CausalLM(nn.Module):
         self,
         input_ids: Tensor,
         position_ids: Tensor | None = None,
-        segment_ids: Tensor | None = None,
+        segment_ids: Tensor | Segments | None = None,
         attention_mask: Tensor | None = None,
         cache: KVCache | None = None,
         tree_mask: Tensor | None = None,
@@ -212,7 +212,7 @@ class CausalLM(nn.Module):
         position_ids int64 (B, T): counted from the cache's end unless given (over the tokens of attention_mask where it
         is).
         segment_ids int (B, T): packed sequences; a token sees those before it with its own id. Not together with a
-        cache.
+        cache. Segments, of one row: sequences that may share their beginnings.
         attention_mask bool (B, T): False on left padding of these T tokens; the cache remembers it.
         cache: its tokens are seen by these, which are appended to it.
         tree_mask bool (T, T) or (B, T, T): which of these tokens each sees (itself among them), where they are no sequence but
@@ -222,6 +222,14 @@ class CausalLM(nn.Module):
         B, T = input_ids.shape
         if tree_mask is not None and (position_ids is None or segment_ids is not None):
             raise ValueError("a tree_mask goes with position_ids, and not with segment_ids")
+        segments = None
+        if isinstance(segment_ids, Segments):
+            segments, segment_ids = segment_ids, None
+            if position_ids is None or cache is not None:
+                raise ValueError("Segments go with position_ids, and not with a cache")
+            if self.virtual is not None or not all(map(segments.fits, self.config.windows)):
+                tree_mask = segments.mask()
+                segments = None
         seen = self._seen(B, T, segment_ids, attention_mask, cache)
         past = 0 if seen is None else seen.filled
         valid = attention_mask
@@ -239,7 +247,10 @@ class CausalLM(nn.Module):
         else:
             rope = self._rope.gather(position_ids, x.dtype)
         places = self._places(past, position_ids, valid, segment_ids, tree_mask) if self._windowed else None
-        masks = self._masks(past, T, valid, segment_ids, x, places, tree_mask, alone=seen is None)
+        if segments is not None:
+            masks: dict[int | None, Mask] = dict.fromkeys(self.config.windows, segments)
+        else:
+            masks = self._masks(past, T, valid, segment_ids, x, places, tree_mask, alone=seen is None)
         for i, (layer, window) in enumerate(zip(self.model.layers, self.config.windows, strict=True)):
             if states is not None and i in states:
                 states[i] = x
@@ -328,8 +339,8 @@ class CausalLM(nn.Module):
             if valid is None and segment_ids is None and tree_mask is None and (T == 1 or (past == 0 and whole)):
                 masks[window] = None
                 continue
-            if alone and T > 1 and segment_ids is not None and valid is None and (segments := Segments.of(segment_ids, window)):
-                masks[window] = segments
+            if alone and T > 1 and segment_ids is not None and valid is None and (packed := Segments.of(segment_ids, window)):
+                masks[window] = packed
                 continue
             rows = torch.arange(past, S, device=x.device)[:, None]
             columns = torch.arange(S, device=x.device)
