@@ -3,8 +3,8 @@
 One pass finds the largest logit, the sum of exponentials, and the three largest of every TILE-th logit. The k-th of the largest, or
 the one where their mass alone reaches top_p, is below the true threshold, and seldom by much. The few logits above it are gathered,
 from the three if these are known to hold them all, else in a second pass, whose reads come from the cache; the threshold is found
-among them by halving. Where more than TILE are above it (a flat row, a large top_k) the halving reads the row instead, ten times or so
-from the cache. Either way it ends at a logit of the row: results are exact but for the rounding of sums.
+among them by halving. Where more than TILE are above it (a flat row, a large top_k) the halving reads the row instead, ten times
+or so, from the cache. Either way it ends at a logit of the row: results are exact but for the rounding of sums.
 """
 
 from __future__ import annotations

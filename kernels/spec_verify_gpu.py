@@ -94,16 +94,19 @@ def _spec_rows_kernel(
 @triton.jit
 def race(
     row_ptr, V, start, stop, c, threshold, top, inverse, draft_row_ptr, V_draft, draft_threshold, draft_top, draft_inverse, factor,
-    without, gumbel_ptr, seed, offset, stream, GUMBEL: tl.constexpr, DRAFT: tl.constexpr, FILTER: tl.constexpr, TILE: tl.constexpr,
+    refused_ptr, refused, gumbel_ptr, seed, offset, stream,
+    GUMBEL: tl.constexpr, DRAFT: tl.constexpr, FILTER: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """(score, id) of the winner among tokens start .. stop - 1, of weight p, or max(p - factor q, 0) where factor > 0; not token
-    `without`. (-inf, -1) where no weight is positive. inverse: what exp2((z - top) c) is multiplied by."""
+    """(score, id) of the winner among tokens start .. stop - 1, of weight p, or max(p - factor q, 0) where factor > 0; none of
+    the `refused` tokens at refused_ptr. (-inf, -1) where no weight is positive. inverse: 1 / total of exp2((z - top) c)."""
     lanes = tl.arange(0, TILE)
     best, at = tl.full((TILE,), -float("inf"), tl.float32), tl.full((TILE,), -1, tl.int32)
     for first in range(start, stop, TILE):
         ids = first + lanes
         z = load_clean(row_ptr, ids, V)
-        eligible = (z >= threshold) & (z > -LARGEST) & (ids < stop) & (ids != without)
+        eligible = (z >= threshold) & (z > -LARGEST) & (ids < stop)
+        for r in range(0, refused):
+            eligible = eligible & (ids != tl.load(refused_ptr + r))
         some = True
         if FILTER:
             some = tl.max(eligible.to(tl.int32), axis=0) > 0
@@ -184,7 +187,7 @@ def _spec_draw_kernel(
     else:
         c = 1.4426950408889634 / t
         threshold, top, inverse = -LARGEST, 0.0, 1.0
-        draft_threshold, draft_top, draft_inverse, factor, without = -LARGEST, 0.0, 1.0, 0.0, -1
+        draft_threshold, draft_top, draft_inverse, factor, without = -LARGEST, 0.0, 1.0, 0.0, 0
         draft_row_ptr = draft_ptr
         if refused:
             row = b * K + num_accepted
@@ -198,7 +201,7 @@ def _spec_draw_kernel(
                 draft_inverse = 1.0 / tl.load(statistics_ptr + row * 4 + 2)
                 factor = tl.where(can, 1.0, 0.0)
             else:
-                without = tl.where(can, tl.sum(tl.where(at_refusal, x, 0), axis=0), -1).to(tl.int32)
+                without = tl.where(can, 1, 0)
         elif FILTER:
             threshold, top, inverse = row_filter(row_ptr, V, c, k, p, gathered_ptr + b * TILE, FILTER, TILE)
         tries = 0
@@ -206,10 +209,10 @@ def _spec_draw_kernel(
             score, winner = race(
                 row_ptr, V, start, stop, c, threshold, top, inverse,
                 draft_row_ptr, V_draft, draft_threshold, draft_top, draft_inverse, factor,
-                without, gumbel_ptr, seed, offset, 1, GUMBEL, DRAFT, FILTER, TILE,
+                tokens_ptr + b * stride_tokens + num_accepted, without, gumbel_ptr, seed, offset, 1, GUMBEL, DRAFT, FILTER, TILE,
             )  # fmt: skip
             whole = tries
-            factor, without = 0.0, -1
+            factor, without = 0.0, 0
             tries += 1
     if SPLIT:
         at_part = b * tl.num_programs(1) + tl.program_id(1)

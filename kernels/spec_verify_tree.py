@@ -34,6 +34,7 @@ from .spec_verify import (
     noise_arguments,
     sampling_arguments,
 )
+from .spec_verify_tree_gpu import tree_attention_triton, verify_draft_tree_triton
 
 
 def _cpu(node_tokens, parents, target_logits, draft_logits, num_nodes, *rest):
@@ -69,6 +70,7 @@ define(
     f"{_SETTING}, bool with_replacement, SymInt depth, {_NOISE}) -> (Tensor, Tensor, Tensor)",
     _fake,
     CPU=_cpu,
+    CUDA=verify_draft_tree_triton,
 )
 
 
@@ -127,7 +129,7 @@ def _attention_fake(parents):
     return parents.new_empty(B, N + 1, N + 1, dtype=torch.bool), parents.new_empty(B, N + 1)
 
 
-define("tree_attention(Tensor parents) -> (Tensor, Tensor)", _attention_fake, CPU=_attention_cpu)
+define("tree_attention(Tensor parents) -> (Tensor, Tensor)", _attention_fake, CPU=_attention_cpu, CUDA=tree_attention_triton)
 
 
 def tree_attention(parents: Tensor) -> tuple[Tensor, Tensor]:
