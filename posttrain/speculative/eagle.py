@@ -69,7 +69,7 @@ class Eagle:
         if tree is not None and (rank := max(tree.ranks, default=0)) >= len(head.draft_ids):
             raise ValueError(f"the tree asks for candidate {rank} of a draft vocabulary of {len(head.draft_ids)}")
         self.head, self.tree, self.top_k, self.depth, self.total = head, tree, top_k, depth, total
-        self.features = (FINAL,) if head.layers is None else head.layers
+        self.features: tuple[int, ...] = (FINAL,) if head.layers is None else head.layers
         # the prompts go through one layer (and fc, a fifth of one) where the target has all of its own
         self.prompt_cost = 1.2 / head.base_layers
         self._pending: list[tuple[Tensor, Tensor]] = []

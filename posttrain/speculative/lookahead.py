@@ -91,7 +91,7 @@ class Lookahead:
     once, and kept of each first token. pool_from_text: the n-grams of the prompt and of what was generated go into the pool too.
     """
 
-    features = ()
+    features: tuple[int, ...] = ()
     prompt_cost = 0.0
 
     def __init__(self, ngram: int = 4, window: int = 5, guesses: int = 5, pool_from_text: bool = True):

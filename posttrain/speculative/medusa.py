@@ -17,7 +17,7 @@ from .tree import FixedTree
 class Medusa:
     """A drafter (interface.py). tree: at most as deep as there are heads. ValueError where it is deeper."""
 
-    features = (FINAL,)
+    features: tuple[int, ...] = (FINAL,)
     prompt_cost = 0.0
 
     def __init__(self, heads: MedusaHeads, tree: FixedTree):
