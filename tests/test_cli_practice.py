@@ -59,7 +59,8 @@ def test_from_pairs_to_a_reward_model_to_a_policy(files, capsys):
 
 def test_grpo_and_its_resumption(files, capsys):
     prompts = files / "prompts.jsonl"
-    given = ("grpo", *STEPS, *SHORT, "--data", prompts, "--num-generations", 2, "--reward-regex", r"\w", "--output", files / "grpo")
+    given = ("grpo", *STEPS, *SHORT, "--quantize", "nf4", "--data", prompts, "--num-generations", 2, "--reward-regex", r"\w")
+    given = (*given, "--output", files / "grpo")
     code, out, err = run(capsys, *given)
     assert code == 0 and out.strip() == str(files / "grpo"), err
     code, _, err = run(capsys, *given)

@@ -111,7 +111,7 @@ def test_a_reward_that_cannot_be_had_stops_it(tmp_path, reward, message):
 
 def test_a_loss_that_is_not_finite_stops_it(tmp_path):
     huge = 3e38
-    with pytest.raises(PosttrainError, match="step 1, update 1: the loss is .* stopped before the weights changed"):
+    with pytest.raises(PosttrainError, match="step 1, update 1: the loss is .* stopped before that update, and no checkpoint"):
         practised(tmp_path, "ppo", reward=lambda completions, **_: [huge * (-1) ** i for i in range(len(completions))])
 
 

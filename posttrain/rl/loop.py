@@ -133,8 +133,7 @@ def optimize(
     name = active_adapter(model)
     assert name is not None
     head = add_value_head(model) if method.has_values else None
-    parameters = list(trainable(model).values())
-    folder, device = Path(config.output_dir), parameters[0].device
+    folder, device = Path(config.output_dir), model.model.embed_tokens.weight.device
     total = total_steps(config, len(prompts))
     about = {k: v for k, v in asdict(config).items() if k in IDENTITY} | {
         "method": asdict(method.settings) | asdict(sampling),
@@ -159,28 +158,15 @@ def optimize(
             batch_size = config.per_device_train_batch_size * sampling.num_generations
             rollouts = measured(model, rollouts, sampling.temperature, batch_size, head, method.measures, device)
             rollouts, entry = method.prepare(rollouts, kl_coef)
-            seen: dict[str, list[float]] = defaultdict(list)
-            for number, chunk in enumerate(_updates(len(items), method, config.seed * 1_000_003 + step)):
-                parts = [chunk[i : i + batch_size] for i in range(0, len(chunk), batch_size)]
-                update = Update(len(chunk), int(rollouts.lengths[chunk].sum()))
-                batches = [rollouts.part(part) for part in parts]
-                loss_sum = partial(method.loss_sum, update=update)
-                losses, norm, told = accumulate(model, batches, loss_sum, parameters, config.max_grad_norm, device)
-                if not all(map(math.isfinite, (*losses, norm))):
-                    optimizer.zero_grad()
-                    raise PosttrainError(_not_finite(step + 1, number + 1, math.fsum(losses), norm, folder))
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(config, step, total) * group["lr_scale"]
-                optimizer.step()
-                optimizer.zero_grad()
-                for key, value in {"loss": math.fsum(losses), "grad_norm": norm, **told}.items():
-                    seen[key].append(value)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(config, step, total) * group["lr_scale"]
+            told = _learn(model, optimizer, rollouts, method, config, step, batch_size)
             drawn = sum(len(p) + len(c) for p, c in rollouts.sequences)
             tokens += drawn
             now = time.perf_counter()
             entry = {
                 "step": step + 1,
-                **{key: math.fsum(values) / len(values) for key, values in seen.items()},
+                **told,
                 **_about(rollouts, sampling),
                 **entry,
                 "learning_rate": optimizer.param_groups[0]["lr"],
@@ -206,6 +192,32 @@ def optimize(
         delattr(model, VALUE_HEAD)
     save_adapter(model, config.output_dir)
     return TrainResult(total, tokens, entries)
+
+
+def _learn(
+    model: CausalLM,
+    optimizer: torch.optim.Optimizer,
+    rollouts: Rollouts,
+    method: Method,
+    config: TrainConfig,
+    step: int,
+    batch_size: int,
+) -> dict[str, float]:
+    """All updates of a step. Returns the means over them of the loss, the gradient's norm and what the loss tells."""
+    parameters, device = list(trainable(model).values()), model.model.embed_tokens.weight.device
+    seen: dict[str, list[float]] = defaultdict(list)
+    for number, chunk in enumerate(_updates(len(rollouts.sequences), method, config.seed * 1_000_003 + step)):
+        batches = [rollouts.part(chunk[i : i + batch_size]) for i in range(0, len(chunk), batch_size)]
+        loss_sum = partial(method.loss_sum, update=Update(len(chunk), int(rollouts.lengths[chunk].sum())))
+        losses, norm, told = accumulate(model, batches, loss_sum, parameters, config.max_grad_norm, device)
+        if not all(map(math.isfinite, (*losses, norm))):
+            optimizer.zero_grad()
+            raise PosttrainError(_not_finite(step + 1, number + 1, math.fsum(losses), norm, Path(config.output_dir)))
+        optimizer.step()
+        optimizer.zero_grad()
+        for key, value in {"loss": math.fsum(losses), "grad_norm": norm, **told}.items():
+            seen[key].append(value)
+    return {key: math.fsum(values) / len(values) for key, values in seen.items()}
 
 
 def check_prompts(model: CausalLM, prompts: Sequence[Prompt], sampling: Sampling) -> None:
@@ -309,8 +321,8 @@ def _not_finite(step: int, update: int, loss: float, norm: float, folder: Path) 
     done = checkpoints(folder)
     kept = f"the last good checkpoint is {done[-1]}" if done else "no checkpoint had been written yet"
     return (
-        f"step {step}, update {update}: the loss is {loss} and the gradient's norm {norm}; stopped before the weights changed, and "
-        f"{kept}. Lower learning_rate, raise the weight of the divergence, or look at the rewards in metrics.jsonl"
+        f"step {step}, update {update}: the loss is {loss} and the gradient's norm {norm}; stopped before that update, and {kept}. "
+        f"Lower learning_rate, raise the weight of the divergence, or look at the rewards in metrics.jsonl"
     )
 
 
