@@ -174,15 +174,14 @@ def test_virtual_tokens_on_the_target():
 def test_a_request_gets_its_tokens_alone_and_in_any_batch():
     model = random_model("smollm2")
     draft = DraftModel(layers_of(model, 2), model)
+    prompts, seeds = PROMPTS[:3], [5, 6, 7]
     for arguments in ({"temperature": 1.3}, {"temperature": 0.7, "top_k": 20, "top_p": 0.9}):
-        together, report = engine.generate(model, PROMPTS, 24, draft, seed=[5, 6, 7, 8, 9], draft_length=4, **arguments)
+        together, report = engine.generate(model, prompts, 14, draft, seed=seeds, draft_length=4, **arguments)
         assert report.accepted > 0 and len(report.lengths) > 1
-        for prompt, seed, expected in zip(PROMPTS, (5, 6, 7, 8, 9), together, strict=True):
-            assert engine.generate(model, [prompt], 24, draft, seed=[seed], draft_length=4, **arguments)[0] == [expected]
-    first, again, other = (engine.generate(model, PROMPTS, 24, draft, seed=seed, temperature=1.3)[0] for seed in (0, 0, 1))
-    assert (
-        first == again != other and first[0] != engine.generate(model, [PROMPTS[0]] * 2, 24, draft, seed=0, temperature=1.3)[0][1]
-    )
+        for prompt, seed, expected in zip(prompts, seeds, together, strict=True):
+            assert engine.generate(model, [prompt], 14, draft, seed=[seed], draft_length=4, **arguments)[0] == [expected]
+    first, again, other = (engine.generate(model, [PROMPTS[0]] * 2, 14, draft, seed=s, temperature=1.3)[0] for s in (0, 0, 1))
+    assert first == again != other and first[0] != first[1]
 
 
 def test_modes_are_restored():

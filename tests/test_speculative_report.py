@@ -70,9 +70,9 @@ def test_overlap_is_what_coins_estimate():
     small.load_state_dict({name: model.state_dict()[name] for name in small.state_dict()})
     for drafter, temperature in ((DraftModel(small, model), 1.0), (NgramDrafter(), 0.0)):
         _, report = engine.generate(
-            model, PROMPTS * 20, 20, drafter, temperature=temperature, seed=0, draft_length=3, adaptive=False, measure_overlap=True
+            model, PROMPTS * 8, 20, drafter, temperature=temperature, seed=0, draft_length=3, adaptive=False, measure_overlap=True
         )
-        assert report.overlapped == report.examined > 300
+        assert report.overlapped == report.examined > 150
         if temperature == 0:
             assert report.overlap == report.alpha
         else:

@@ -77,7 +77,8 @@ def generate(
     if not prompts or max_new_tokens == 0:
         return outputs, report
     was_training = model.training
-    model.eval()
+    if was_training:
+        model.eval()
     device = model.model.embed_tokens.weight.device
     try:
         with request_adapters(model, adapter_ids, len(prompts), device) as batch, fused_projections(model):
@@ -103,7 +104,8 @@ def generate(
             while run.rows:
                 run.step()
     finally:
-        model.train(was_training)
+        if was_training:
+            model.train()
     return outputs, report
 
 
@@ -271,6 +273,8 @@ class _Run:
                 raise ValueError(
                     f"prompt {row}: the model's logits after {len(self.outputs[row])} new tokens hold no finite number"
                 )
+            if not count:  # where the verification does not wait for a GPU to say so
+                raise ValueError(f"prompt {row}: after {len(self.outputs[row])} new tokens the logits hold no finite number")
             self.requests.tokens[i] += tokens[:count]
             self.requests.generated[i] += count
             if not ended and len(self.outputs[row]) < self.max_new_tokens:
