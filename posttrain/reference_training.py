@@ -62,7 +62,10 @@ def train_against_reference(
     if trained is None:
         free_weights(model)
     items = list(zip(data, refs, strict=True))
-    result = train(model, items, collate, loss, config, resume=resume, identity=identity, quiet=quiet, on_step=on_step)
+    result = train(
+        model, items, collate, loss, config,
+        resume=resume, identity=identity, quiet=quiet, on_step=on_step, unit="mean of the batch's losses",
+    )  # fmt: skip
     save_trained(model, trained, config)
     return result
 

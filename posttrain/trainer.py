@@ -166,6 +166,7 @@ def train(
     identity: dict[str, Any] | None = None,
     quiet: bool = False,
     on_step: Callable[[dict[str, Any]], None] | None = None,
+    unit: str = "nats per token",
 ) -> TrainResult:
     """Train the parameters of `model` that require a gradient.
 
@@ -173,7 +174,7 @@ def train(
     label, its pairs: what its normalizer counts), alone or with sums to show. In config.output_dir: metrics.jsonl,
     loss.svg and checkpoint-<step>/ folders (posttrain/checkpoint.py). resume=True goes on from the last of these, or
     begins where there is none; `identity` (what data, what adapter) must then be as it was. on_step sees each entry of
-    metrics.jsonl. PosttrainError where there is nothing to train or to learn from, where the loss or the gradient stops
+    metrics.jsonl. unit: the loss's, in loss.svg. PosttrainError where there is nothing to train or to learn from, where the loss or the gradient stops
     being finite (weights and checkpoints stay those of the step before), or where the run to resume was another.
     """
     if not data:
@@ -230,7 +231,7 @@ def train(
                 keep_last(folder, config.save_total_limit)
     entries = read_metrics(folder / "metrics.jsonl")
     if entries:
-        _plot(folder / "loss.svg", entries)
+        _plot(folder / "loss.svg", entries, unit)
     model.train(was_training)
     return TrainResult(total, tokens, entries)
 
@@ -299,11 +300,11 @@ def _not_finite(step: int, losses: list[float], norm: float, items: list[list[in
     )
 
 
-def _plot(path: Path, entries: list[dict[str, Any]]) -> None:
+def _plot(path: Path, entries: list[dict[str, Any]], unit: str) -> None:
     points = [(e["step"], e["loss"]) for e in entries]
     window = max(1, len(points) // 20)
     smooth = running_mean([y for _, y in points], window)
     series = {"loss": points}
     if window > 1:
         series[f"mean of {window} steps"] = [(x, y) for (x, _), y in zip(points, smooth, strict=True)]
-    line_chart(path, series, "Training loss", "step", "nats per token")
+    line_chart(path, series, "Training loss", "step", unit)

@@ -25,6 +25,16 @@ def pairs(count=8, seed=2):
     return [Pair(ids(6), ids(12), ids(12)) for _ in range(count)]
 
 
+def sequences(count=7, seed=3):
+    """(prompt, completion) in token ids."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def ids(most):
+        return torch.randint(3, 97, (int(torch.randint(1, most, (), generator=generator)),), generator=generator).tolist()
+
+    return [(ids(6), ids(14)) for _ in range(count)]
+
+
 def settings(folder, **changes):
     defaults = {"max_steps": STEPS, "per_device_train_batch_size": 4, "save_steps": 2, "learning_rate": 1e-2}
     return TrainConfig(folder, **{**defaults, **changes})
