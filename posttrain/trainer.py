@@ -174,8 +174,9 @@ def train(
     label, its pairs: what its normalizer counts), alone or with sums to show. In config.output_dir: metrics.jsonl,
     loss.svg and checkpoint-<step>/ folders (posttrain/checkpoint.py). resume=True goes on from the last of these, or
     begins where there is none; `identity` (what data, what adapter) must then be as it was. on_step sees each entry of
-    metrics.jsonl. unit: the loss's, in loss.svg. PosttrainError where there is nothing to train or to learn from, where the loss or the gradient stops
-    being finite (weights and checkpoints stay those of the step before), or where the run to resume was another.
+    metrics.jsonl. unit: the loss's, in loss.svg. PosttrainError where there is nothing to train or to learn from, where
+    the loss or the gradient stops being finite (weights and checkpoints stay those of the step before), or where the
+    run to resume was another.
     """
     if not data:
         raise PosttrainError("the training data holds no examples")
