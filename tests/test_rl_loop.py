@@ -42,33 +42,40 @@ class Stop(Exception):
     pass
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A whole run of each method: (the adapter's parameters, entries)."""
+    runs = {}
+    for name in METHODS:
+        model, result = practised(tmp_path_factory.mktemp(name), name)
+        runs[name] = {key: p.detach().clone() for key, p in adapter_parameters(model).items()}, result.metrics
+    return runs
+
+
 @pytest.mark.parametrize("name", METHODS)
-def test_resumed_it_ends_in_the_same_bits(tmp_path, name):
+def test_resumed_it_ends_in_the_same_bits(tmp_path, whole, name):
     def stop(entry):
-        if entry["step"] == 5:
+        if entry["step"] == 3:
             raise Stop
 
-    whole, result = practised(tmp_path / "a", name)
     with pytest.raises(Stop):
-        practised(tmp_path / "b", name, on_step=stop)
-    again, resumed = practised(tmp_path / "b", name, resume=True)
-    for key, parameter in adapter_parameters(whole).items():
+        practised(tmp_path, name, on_step=stop)
+    again, resumed = practised(tmp_path, name, resume=True)
+    for key, parameter in whole[name][0].items():
         assert torch.equal(parameter, adapter_parameters(again)[key]), key
     timed = ("seconds", "tokens_per_second", "peak_memory")
-    for one, other in zip(result.metrics, resumed.metrics, strict=True):
+    for one, other in zip(whole[name][1], resumed.metrics, strict=True):
         assert {k: v for k, v in one.items() if k not in timed} == {k: v for k, v in other.items() if k not in timed}
 
 
-def test_the_penalty_s_weight_is_adapted_and_goes_on_where_it_was(tmp_path):
-    _, result = practised(tmp_path, "ppo")
-    weights, divergences = ([e[key] for e in result.metrics] for key in ("kl_coef", "kl"))
+def test_the_penalty_s_weight_is_adapted(whole):
+    weights, divergences = ([e[key] for e in whole["ppo"][1]] for key in ("kl_coef", "kl"))
     assert weights[0] == METHODS["ppo"].kl_coef
     for before, kl, after in zip(weights, divergences, weights[1:], strict=False):
         assert after == adaptive_kl_coefficient(before, kl, 2.0)
 
 
-def test_on_policy_nothing_is_clipped_and_the_loss_starts_at_zero(tmp_path):
-    """GRPO's advantages sum to 0 in a group, and at a ratio of 1 a token's loss is minus its advantage."""
+def test_what_is_drawn_and_that_on_policy_nothing_is_clipped(whole):
     model = random_model(num_hidden_layers=1)
     attach(model, LoraConfig(r=2))
     rollouts = collect(model, Words(), PROMPTS, [0, 0, 0, 0, 5, 5, 5, 5], low_tokens, SAMPLING, 2, seed=1)
@@ -79,8 +86,7 @@ def test_on_policy_nothing_is_clipped_and_the_loss_starts_at_zero(tmp_path):
         assert (completion[-1] == 2) == ended and 2 not in completion[:-1]
     again = collect(model, Words(), PROMPTS, [0, 0, 0, 0, 5, 5, 5, 5], low_tokens, SAMPLING, 2, seed=1)
     assert again.sequences == rollouts.sequences
-    _, result = practised(tmp_path, "grpo", max_steps=1)
-    assert result.metrics[0]["clip_ratio/region_mean"] == 0.0
+    assert whole["grpo"][1][0]["clip_ratio/region_mean"] == 0.0
 
 
 @pytest.mark.parametrize(
@@ -92,7 +98,7 @@ def test_on_policy_nothing_is_clipped_and_the_loss_starts_at_zero(tmp_path):
         (lambda completion_ids, **_: [None] * len(completion_ids), "returned None for item"),
     ),
 )
-def test_a_reward_that_cannot_be_had_stops_it(tmp_path, reward, message):
+def test_a_reward_that_cannot_be_had_stops_it(tmp_path, whole, reward, message):
     """Named, with nothing half written: the checkpoint of the step before is whole and the run goes on from it."""
     calls = []
 
@@ -104,9 +110,9 @@ def test_a_reward_that_cannot_be_had_stops_it(tmp_path, reward, message):
         practised(tmp_path, "grpo", reward=sometimes)
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-2"]
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
-    again, _ = practised(tmp_path, "grpo", resume=True)
-    whole, _ = practised(tmp_path / "whole", "grpo")
-    assert all(torch.equal(p, adapter_parameters(again)[key]) for key, p in adapter_parameters(whole).items())
+    if message.startswith("returned nan"):
+        again, _ = practised(tmp_path, "grpo", resume=True)
+        assert all(torch.equal(p, whole["grpo"][0][key]) for key, p in adapter_parameters(again).items())
 
 
 def test_a_loss_that_is_not_finite_stops_it(tmp_path):
