@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -41,8 +41,8 @@ class SharedBatch:
 
     def to(self, device: torch.device | str) -> SharedBatch:
         """The batch with its tensors on `device`."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: t.to(device) for name, t in tensors.items() if isinstance(t, Tensor)})
+        tensors: dict = {name: t.to(device) for name, t in vars(self).items() if isinstance(t, Tensor)}
+        return replace(self, **tensors)
 
 
 def collate(sequences: Sequence[tuple[list[int], list[int]]], pad_id: int = 0) -> SharedBatch:
@@ -83,14 +83,14 @@ def _blocks(sequences: Sequence[tuple[list[int], list[int]]]) -> list[list[int]]
     for i, (prompt, _) in enumerate(sequences):
         same[tuple(prompt)].append(i)
     blocks: list[list[int]] = []
-    for prompt, indices in same.items():
+    for ids, indices in same.items():
         block: list[int] = []
-        size = len(prompt)
+        size = len(ids)
         for i in indices:
             more = len(sequences[i][1]) - 1
             if block and size + more > ROW:
                 blocks.append(block)
-                block, size = [], len(prompt)
+                block, size = [], len(ids)
             block.append(i)
             size += more
         blocks.append(block)
