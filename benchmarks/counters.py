@@ -25,9 +25,12 @@ from rich.table import Table
 from posttrain.kernels import codebooks, nf4
 from posttrain.kernels._low_rank import LowRank
 from posttrain.kernels.cpu import pytorch as engine
+from posttrain.kernels.cpu import pytorch_spec_verify as spec_engine
 from posttrain.kernels.lora_linear_down import lora_linear_down_triton
 from posttrain.kernels.quantized_linear_decode import quantized_linear_decode_triton
 from posttrain.kernels.quantized_linear_gemm import quantized_linear_gemm_triton
+from posttrain.kernels.spec_verify_gpu import verify_draft_tokens_triton
+from posttrain.model.sampling import filter_logits
 
 WEIGHTS = 1 << 19
 BLOCK = 64
@@ -38,6 +41,8 @@ MEASURED_ONCE = {  # (warp instructions a weight without mov, bytes over the flo
     "linear M=1": ("bitsandbytes CUDA gemm_4bit SIMT", 0.219, "1.00", "100 / 100 %", "-"),
     "linear M=16": ("bitsandbytes CUDA gemm_4bit MMA", 0.274, "1.00", "38 / 50 %", "1.64"),
     "linear M=64": ("bitsandbytes CUDA gemm_4bit MMA", 0.387, "1.00", "50 / 62 %", "1.38"),
+    "verify B=4 K=4, T=1": ("vLLM V2 Triton, with mov", 1.73, "-", "31 %", "-"),
+    "verify B=4 K=4, greedy": ("vLLM V2 Triton, with mov", 0.37, "-", "31 %", "-"),
 }
 
 
@@ -192,6 +197,28 @@ def lora_linear(table: Counters) -> None:
         )  # fmt: skip
 
 
+def verify(table: Counters) -> None:
+    """Drafts of four requests from logits; a weight is a word of a draft's row. The floor: each draft's row of the target and of
+    the draft, and the row that is drawn from once more (its draft's too, where a draft was refused)."""
+    B, drafts, V = 4, 4, 32_000
+    target = (4 * torch.randn(B, drafts + 1, V)).bfloat16()
+    draft = (target[:, :drafts].float() + 0.7 * torch.randn(B, drafts, V)).bfloat16()
+    num = torch.full((B,), drafts)
+    for name, setting in (("T=1", (1.0, 0, 1.0)), ("greedy", (0.0, 0, 1.0)), ("T=0.8, top-k 50, top-p 0.95", (0.8, 50, 0.95))):
+        greedy = setting[0] == 0
+        p = target[:, :drafts] if greedy else filter_logits(draft, *setting) - torch.empty(B, drafts, V).exponential_().log()
+        given = (p.argmax(2), draft, target, num, *setting, None, None, None, 7, None, None)
+        expected = spec_engine.verify_draft_tokens(*given)
+        refused = int((expected[1] < drafts).sum())
+        rows = B * drafts + B - refused if greedy else 2 * B * drafts + B + refused
+        table.row(
+            f"verify B=4 K=4, {name}", "posttrain", lambda given=given: verify_draft_tokens_triton(*given),
+            lambda out, e=expected: torch.equal(out[0], e[0]), B * drafts * V, 2 * V * rows,
+        )  # fmt: skip
+        if f"verify B=4 K=4, {name}" in MEASURED_ONCE:
+            table.measured_once(f"verify B=4 K=4, {name}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--arch", type=int, choices=(80, 90), default=80)
@@ -205,6 +232,7 @@ def main() -> None:
     quantize(table, peer)
     linear(table)
     lora_linear(table)
+    verify(table)
     console = Console(width=130 if not sys.stdout.isatty() else None)
     console.print(table.shown)
     console.print("Work done in an emulator, not time. Results were checked against the CPU engine before being counted.")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from ._triton import tl, triton
 
+LEAST = tl.constexpr(-2.9999998e38)  # the float32 above -LARGEST
 LARGEST = tl.constexpr(3.0e38)  # +inf counts as this; what is not above minus this counts as -inf, as NaN does
 
 

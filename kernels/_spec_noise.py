@@ -49,11 +49,10 @@ def log2_near(x, x_minus_1):
 
 
 @triton.jit
-def log2_exponentials(seed, offset, start, stream, TILE: tl.constexpr):
-    """log2 of E / ln 2, E = -log(1 - v) standard exponential, of the TILE tokens from `start` (a multiple of 4) on: the winner of
-    the race has the least E / weight. Small E are those of small v, of which all 32 bits are used."""
+def exponentials(seed, offset, start, stream, TILE: tl.constexpr):
+    """E / ln 2, E = -log(1 - v) standard exponential, of the TILE tokens from `start` (a multiple of 4) on: the winner of the race
+    has the largest weight / E. Small E are those of small v, of which all 32 bits are used."""
     w0, w1, w2, w3 = _words(seed, offset, stream, (start >> 2) + tl.arange(0, TILE // 4))
     word = tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(TILE)
     v = tl.minimum((word.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.9999999403953552)  # 2^-32, 1 - 2^-24
-    exponential = -log2_near(1.0 - v, -v)
-    return log2_near(exponential, exponential - 1.0)
+    return -log2_near(1.0 - v, -v)

@@ -50,8 +50,8 @@ def _logit_filter_kernel(
     threshold, top, total = row_filter(logits_ptr + row * stride, V, c, top_k, top_p, gathered_ptr + row * TILE, FILTER, TILE)
     some = top > -LARGEST
     tl.store(threshold_ptr + row, tl.where(some & (threshold > -LARGEST), threshold, -float("inf")))
-    log_total = tl.where(some, top / temperature + tl.log2(total) / 1.4426950408889634, -float("inf"))
-    tl.store(log_total_ptr + row, log_total)
+    log_total = top.to(tl.float64) / temperature + tl.log2(total) * 0.6931471805599453
+    tl.store(log_total_ptr + row, tl.where(some, log_total.to(tl.float32), -float("inf")))
 
 
 def logit_filter_triton(

@@ -14,8 +14,8 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from ._row_filter import LARGEST, load_clean, row_filter
-from ._spec_noise import log2_exponentials, log2_near, request_noise, uniforms
+from ._row_filter import LARGEST, LEAST, load_clean, row_filter
+from ._spec_noise import exponentials, log2_near, request_noise, uniforms
 from ._triton import on_device_of, tl, triton
 from ._variant import Variant
 from .logit_filter import tile
@@ -80,15 +80,14 @@ def _spec_rows_kernel(
     t, k, p = request_setting(parameters_ptr, temperature, top_k, top_p, b, OWN)
     if (j < tl.load(num_draft_ptr + b)) & ((side == 0) | (t > 0.0)):
         x = tl.load(tokens_ptr + b * stride_tokens + j)
+        row_ptr = target_ptr + b * stride_tb + j.to(tl.int64) * stride_tk
+        width = V
+        if DRAFT:
+            if side == 1:
+                row_ptr = draft_ptr + b * stride_db + j.to(tl.int64) * stride_dk
+                width = V_draft
         program = side * tl.num_programs(0).to(tl.int64) + row
-        gathered_ptr += program * TILE
-        statistics_ptr += program * 4
-        if side == 0:
-            row_ptr = target_ptr + b * stride_tb + j.to(tl.int64) * stride_tk
-            row_statistics(row_ptr, V, x, t, k, p, gathered_ptr, statistics_ptr, FILTER, TILE)
-        elif DRAFT:
-            draft_row_ptr = draft_ptr + b * stride_db + j.to(tl.int64) * stride_dk
-            row_statistics(draft_row_ptr, V_draft, x, t, k, p, gathered_ptr, statistics_ptr, FILTER, TILE)
+        row_statistics(row_ptr, width, x, t, k, p, gathered_ptr + program * TILE, statistics_ptr + program * 4, FILTER, TILE)
 
 
 @triton.jit
@@ -101,10 +100,11 @@ def race(
     the `refused` tokens at refused_ptr. (-inf, -1) where no weight is positive. inverse: 1 / total of exp2((z - top) c)."""
     lanes = tl.arange(0, TILE)
     best, at = tl.full((TILE,), -float("inf"), tl.float32), tl.full((TILE,), -1, tl.int32)
+    least, draft_least = tl.maximum(threshold, LEAST), tl.maximum(draft_threshold, LEAST)  # which no NaN reaches
     for first in range(start, stop, TILE):
         ids = first + lanes
-        z = load_clean(row_ptr, ids, V)
-        eligible = (z >= threshold) & (z > -LARGEST) & (ids < stop)
+        z = tl.load(row_ptr + ids, mask=ids < stop, other=-float("inf")).to(tl.float32)
+        eligible = z >= least
         for r in range(0, refused):
             eligible = eligible & (ids != tl.load(refused_ptr + r))
         some = True
@@ -114,16 +114,20 @@ def race(
             score = (z - top) * c
             if DRAFT:
                 if factor > 0.0:
-                    zq = load_clean(draft_row_ptr, ids, V_draft)
-                    kept = (zq >= draft_threshold) & (zq > -LARGEST)
-                    q = tl.where(kept, tl.exp2((zq - draft_top) * c) * draft_inverse, 0.0)
-                    remainder = tl.exp2(score) * inverse - factor * q
-                    eligible = eligible & (remainder > 1.0e-37)
-                    score = log2_near(tl.maximum(remainder, 1.0e-37), remainder - 1.0)
+                    zq = tl.load(draft_row_ptr + ids, mask=ids < V_draft, other=-float("inf")).to(tl.float32)
+                    q = tl.where(zq >= draft_least, tl.exp2((zq - draft_top) * c) * draft_inverse, 0.0)
+                    score = tl.exp2(score) * inverse - factor * q
+                    eligible = eligible & (score > 1.0e-37)
             if GUMBEL:
+                if factor > 0.0:
+                    score = log2_near(tl.maximum(score, 1.0e-37), score - 1.0)
                 score += tl.load(gumbel_ptr + ids, mask=ids < V, other=0.0).to(tl.float32) * 1.4426950408889634
             else:
-                score -= log2_exponentials(seed, offset, first, stream, TILE)
+                waited = exponentials(seed, offset, first, stream, TILE)
+                if factor > 0.0:
+                    score = score / waited
+                else:
+                    score -= log2_near(waited, waited - 1.0)
             score = tl.where(eligible, score, -float("inf"))
             at = tl.where(score > best, first, at)
             best = tl.maximum(best, score)
@@ -209,7 +213,8 @@ def _spec_draw_kernel(
             score, winner = race(
                 row_ptr, V, start, stop, c, threshold, top, inverse,
                 draft_row_ptr, V_draft, draft_threshold, draft_top, draft_inverse, factor,
-                tokens_ptr + b * stride_tokens + num_accepted, without, gumbel_ptr, seed, offset, 1, GUMBEL, DRAFT, FILTER, TILE,
+                tokens_ptr + b * stride_tokens + num_accepted, without, gumbel_ptr, seed, offset, 1,
+                GUMBEL, DRAFT, FILTER, TILE // 2,
             )  # fmt: skip
             whole = tries
             factor, without = 0.0, 0
@@ -242,8 +247,11 @@ def _spec_finish_kernel(parts_ptr, winners_ptr, num_accepted_ptr, out_ptr, K, pa
     tl.store(out_ptr + b * (K + 1) + tl.load(num_accepted_ptr + b), token.to(tl.int64))
 
 
-def _rows_contiguous(logits: Tensor) -> Tensor:
-    return logits if logits.stride(2) == 1 or logits.shape[2] == 1 else logits.contiguous()
+def same_rows(target: Tensor, draft: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Both with contiguous rows and in one dtype, the wider; copies only where they must be."""
+    wide = target.dtype if draft is None else torch.promote_types(target.dtype, draft.dtype)
+    rows = [t if t is None or t.stride(2) == 1 or t.shape[2] == 1 else t.contiguous() for t in (target, draft)]
+    return rows[0].to(wide), None if rows[1] is None else rows[1].to(wide)
 
 
 def verify_draft_tokens_triton(
@@ -252,8 +260,7 @@ def verify_draft_tokens_triton(
     offsets: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Launch the kernels: (tokens, num_accepted), as the op."""
-    target = _rows_contiguous(target_logits)
-    draft = None if draft_logits is None else _rows_contiguous(draft_logits)
+    target, draft = same_rows(target_logits, draft_logits)
     B, rows, V = target.shape
     K = rows - 1
     tokens = torch.empty(B, K + 1, dtype=torch.int64, device=target.device)
@@ -266,10 +273,8 @@ def verify_draft_tokens_triton(
     filtered = parameters is not None or top_k > 0 or top_p < 1
     sides = 1 if draft is None else 2
     statistics = torch.empty(sides, B * K, 4, dtype=torch.float32, device=target.device)
-    # of draft's dtype: gathered logits come back as they were
-    wide = target.dtype if draft is None else torch.promote_types(target.dtype, draft.dtype)
     room = max(sides * B * K, B) * tiles["TILE"] if filtered else 1
-    gathered = torch.empty(room, dtype=wide, device=target.device)
+    gathered = torch.empty(room, dtype=target.dtype, device=target.device)
     drafted = draft_tokens if draft_tokens.stride(1) == 1 or K <= 1 else draft_tokens.contiguous()
     shape = (drafted.stride(0), *strides, *target.stride()[:2], K, V, V if draft is None else draft.shape[2])
     options = {"OWN": parameters is not None, "FILTER": filtered, "enable_fp_fusion": True, **tiles}

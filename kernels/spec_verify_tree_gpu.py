@@ -19,7 +19,7 @@ from ._triton import on_device_of, tl, triton
 from ._variant import Variant
 from .logit_filter import tile
 from .nf4 import DTYPES
-from .spec_verify_gpu import _rows_contiguous, _variant, first_largest, race, request_setting
+from .spec_verify_gpu import _variant, first_largest, race, request_setting, same_rows
 
 
 @triton.jit
@@ -132,13 +132,13 @@ def _spec_tree_kernel(
                 score, winner = race(
                     row_ptr, V, 0, V, c, threshold, top, 1.0 / total,
                     draft_row_ptr, V_draft, draft_threshold, draft_top, 1.0 / draft_total, factor,
-                    refused_ptr, count, gumbel_ptr, seed, offset, 1, GUMBEL, DRAFT, FILTER, TILE,
+                    refused_ptr, count, gumbel_ptr, seed, offset, 1, GUMBEL, DRAFT, FILTER, TILE // 2,
                 )  # fmt: skip
                 if (winner < 0) & ((factor > 0.0) | (count > 0)):  # nothing is left of p: p itself
                     score, winner = race(
                         row_ptr, V, 0, V, c, threshold, top, 1.0 / total,
                         draft_row_ptr, V_draft, draft_threshold, draft_top, 1.0 / draft_total, 0.0,
-                        refused_ptr, 0, gumbel_ptr, seed, offset, 1, GUMBEL, DRAFT, FILTER, TILE,
+                        refused_ptr, 0, gumbel_ptr, seed, offset, 1, GUMBEL, DRAFT, FILTER, TILE // 2,
                     )  # fmt: skip
         walking = child < PLACES
         if walking:
@@ -158,8 +158,7 @@ def verify_draft_tree_triton(
     gumbel: Tensor | None, seed: int, seeds: Tensor | None, offsets: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Launch the kernel: (tokens, num_accepted, path), as the op."""
-    target = _rows_contiguous(target_logits)
-    draft = None if draft_logits is None else _rows_contiguous(draft_logits)
+    target, draft = same_rows(target_logits, draft_logits)
     B, rows, V = target.shape
     N, device = rows - 1, target.device
     tokens, path = (torch.empty(B, width, dtype=torch.int64, device=device) for width in (depth + 1, depth))
@@ -169,8 +168,7 @@ def verify_draft_tree_triton(
     strides = (0, 0) if draft is None else draft.stride()[:2]
     tiles = tile(V, all(s % 16 == 0 for s in (*target.stride()[:2], *strides)))
     filtered = parameters is not None or top_k > 0 or top_p < 1
-    wide = target.dtype if draft is None else torch.promote_types(target.dtype, draft.dtype)
-    gathered = torch.empty(B * tiles["TILE"] if filtered else 1, dtype=wide, device=device)
+    gathered = torch.empty(B * tiles["TILE"] if filtered else 1, dtype=target.dtype, device=device)
     refused = torch.empty(B * max(N, 1), dtype=torch.int64, device=device)
     drafted, above = node_tokens.contiguous(), parents.contiguous()
     with on_device_of(target):
@@ -191,7 +189,7 @@ def _tree_attention_kernel(parents_ptr, mask_ptr, depth_ptr, N, PLACES: tl.const
     # One program owns a node's row: it walks up to the root. A parent that does not come before its child ends the walk.
     b, row = tl.program_id(0).to(tl.int64), tl.program_id(1)
     columns = tl.arange(0, PLACES)
-    node, depth = row - 1, 0
+    node, depth = row - 1, tl.full((), 0, tl.int32)
     seen = columns == row
     while node >= 0:
         parent = tl.load(parents_ptr + b * N + node).to(tl.int32)

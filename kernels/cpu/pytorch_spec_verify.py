@@ -22,16 +22,21 @@ def request_seeds(B: int, seed: int, seeds: Tensor | None) -> Tensor:
 
 def philox(n: int, stream: int, offsets: Tensor, seeds: Tensor) -> Tensor:
     """Words 0 .. n - 1 of each request's stream, int64 (B, n): word i is word i mod 4 of counter (i div 4, stream, offset)."""
-    c0 = torch.arange(-(-n // 4))
-    c1, c2, c3 = torch.tensor(stream), (offsets & _WORD)[:, None], (offsets >> 32 & _WORD)[:, None]
-    k0, k1 = (seeds & _WORD)[:, None], (seeds >> 32 & _WORD)[:, None]
+    words = _rounds(torch.arange(-(-n // 4)), stream, offsets[:, None], seeds[:, None])
+    return torch.stack(torch.broadcast_tensors(*words), 2).flatten(1)[:, :n]
+
+
+def _rounds(counters: Tensor, stream: int, offsets: Tensor, seeds: Tensor) -> tuple[Tensor, ...]:
+    """The four words of each counter (counters, stream, offsets), which broadcast, under `seeds`."""
+    c0, c1, c2, c3 = counters, torch.tensor(stream), offsets & _WORD, offsets >> 32 & _WORD
+    k0, k1 = seeds & _WORD, seeds >> 32 & _WORD
     for _ in range(10):
         # the products have 64 bits; int64 keeps them, and a shift's copies of the sign are masked off
         low_product, high_product = c0 * 0xD2511F53, c2 * 0xCD9E8D57
         c1, c3 = (high_product >> 32 & _WORD) ^ c1 ^ k0, (low_product >> 32 & _WORD) ^ c3 ^ k1
         c0, c1, c2, c3 = c1, high_product & _WORD, c3, low_product & _WORD
         k0, k1 = k0 + 0x9E3779B9 & _WORD, k1 + 0xBB67AE85 & _WORD
-    return torch.stack(torch.broadcast_tensors(c0, c1, c2, c3), 2).flatten(1)[:, :n]
+    return c0, c1, c2, c3
 
 
 def uniform_noise(n: int, offsets: Tensor, seeds: Tensor) -> Tensor:
@@ -152,8 +157,20 @@ def _draw(row: Tensor, q: Tensor | None, without: Tensor, setting, gumbel, offse
             1, without.clamp(min=0)[:, None], p.gather(1, without.clamp(min=0)[:, None]).where(without[:, None] < 0, 0)
         )
     left = left.where(left.any(1, keepdim=True), p)
-    noise = gumbel_noise(z.shape[1], offsets, seeds, z.dtype) if gumbel is None else gumbel.to(z.dtype)
-    return (left.log() + noise).argmax(1).where(p.any(1), -1)
+    return _race(left, gumbel, offsets, seeds).where(p.any(1), -1)
+
+
+def _race(weights: Tensor, gumbel: Tensor | None, offsets: Tensor, seeds: Tensor) -> Tensor:
+    """argmax of log weight + noise (B,), the noise of words that have no weight not made where these are most."""
+    scores = weights.log()
+    if gumbel is not None:
+        return (scores + gumbel.to(weights.dtype)).argmax(1)
+    b, v = weights.nonzero(as_tuple=True)
+    if 16 * len(v) > weights.numel():
+        return (scores + gumbel_noise(weights.shape[1], offsets, seeds, weights.dtype)).argmax(1)
+    words = torch.stack(_rounds(v >> 2, DRAW, offsets[b], seeds[b])).gather(0, (v & 3)[None])[0]
+    scores[b, v] += gumbel_of(words, weights.dtype)
+    return scores.argmax(1)
 
 
 def _greedy(row: Tensor) -> int:
