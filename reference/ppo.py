@@ -40,7 +40,9 @@ def clipped_value_token(value, old_value, ret, clip_range):
 def ppo_loss(logps, old_logps, advantages, values, old_values, returns, clip, clip_value, value_coefficient):
     """Everything by completion and token -> (mean loss over tokens, dloss/dlogps, dloss/dvalues)."""
     tokens = sum(len(row) for row in logps)
-    loss, d_logps, d_values = 0.0, [], []
+    loss = 0.0
+    d_logps: list[list[float]] = []
+    d_values: list[list[float]] = []
     for i in range(len(logps)):
         d_logps.append([])
         d_values.append([])
