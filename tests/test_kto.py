@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from types import SimpleNamespace
+
 import pytest
 import torch
 from model_cases import random_model
 from preference_run import pairs, settings
+from tolerance import assert_as_accurate
 
 from posttrain.adapters import LoraConfig, adapter_parameters, attach, disabled
 from posttrain.errors import PosttrainError
+from posttrain.kernels import kto_loss
 from posttrain.kto import KtoConfig, collate_labelled, kto, labelled_loss, with_mismatched
 from posttrain.preference_data import Unpaired, unpair
 from posttrain.reference import preference_loss as oracle
@@ -91,3 +96,39 @@ def test_refusals(tmp_path):
             KtoConfig(**options)
     with pytest.raises(PosttrainError, match="holds no completions"):
         kto(random_model(), [], settings(tmp_path), LoraConfig(r=2))
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("loss_type", ["kto", "apo_zero_unpaired"])
+def test_trl_agrees(loss_type):
+    """Its own loss code on these log-probabilities, what is around it stood in for: the mean losses of 8 batches in float32."""
+    trainer = pytest.importorskip("trl").KTOTrainer
+    B, T, ours, theirs, exact = 7, 9, [], [], []
+    for _ in range(8):
+        mask = torch.arange(T) < torch.randint(1, T, (B, 1))
+        per_token, ref = -2 * torch.rand(B, T) * mask, -10 * torch.rand(B)
+        labels, apart, ref_apart = torch.rand(B) < 0.6, -9 * torch.rand(B), -10 * torch.rand(B)
+        theirs.append(_trl_loss(trainer, loss_type, per_token, mask, ref, labels, apart, ref_apart))
+        for dtype, means in ((torch.float32, ours), (torch.float64, exact)):
+            kl = (apart.to(dtype) - ref_apart.to(dtype)).mean() if loss_type == "kto" else None
+            policy = per_token.sum(1).to(dtype)
+            losses, _ = kto_loss(policy, ref.to(dtype), labels, kl, 0.3, desirable_weight=1.5, undesirable_weight=0.5)
+            means.append(losses.mean())
+    assert_as_accurate(torch.stack(ours), torch.stack(theirs), torch.stack(exact))
+
+
+def _trl_loss(trainer, loss_type, per_token, mask, ref, labels, apart, ref_apart):
+    gather = SimpleNamespace(device=torch.device("cpu"), gather_for_metrics=lambda t: t)
+    stand_in = SimpleNamespace(
+        model=SimpleNamespace(training=True), accelerator=gather, aux_loss_enabled=False, precompute_ref_logps=True,
+        calculate_KL=loss_type == "kto", loss_type=loss_type, beta=0.3, desirable_weight=1.5, undesirable_weight=0.5,
+        _compute_kl_logps=lambda *_: apart, _metrics={"train": defaultdict(list)}, _total_train_tokens=0, _tp_size=1,
+    )  # fmt: skip
+    nothing = torch.zeros(per_token.shape)
+    outputs = SimpleNamespace(log_probs=per_token, entropy=nothing, mean_logits=nothing, is_top1=nothing.bool())
+    completion = torch.cat([torch.zeros(len(mask), 1, dtype=torch.long), mask.long()], 1)
+    inputs = {
+        "input_ids": torch.ones_like(completion), "attention_mask": torch.ones_like(completion), "completion_mask": completion,
+        "label": labels, "ref_logps": ref, "ref_KL_logps": ref_apart,
+    }  # fmt: skip
+    return trainer._compute_loss(stand_in, lambda **_: outputs, inputs, False)
