@@ -19,7 +19,7 @@ from posttrain.speculative.draft_model import DraftModel
 from posttrain.speculative.interface import Requests
 from posttrain.speculative.ngram import NgramDrafter
 
-V, LENGTH, BATCH, RUNS = 5, 4, 512, 8
+V, LENGTH, BATCH, RUNS = 5, 4, 512, 5
 PROMPT = [4, 1, 4, 4, 0, 2, 1, 4, 3, 2]
 SETTINGS = {"temperature": 0.8, "top_k": 4, "top_p": 0.95}
 

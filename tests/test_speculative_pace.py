@@ -60,7 +60,7 @@ def test_the_best_length_is_found(alpha, c):
     assert abs(usual - best) <= 2 and machine.report.measured_speedup > 1.2
 
 
-COSTLY = {"v": lambda n: 1 + 0.2 * (n - 1), "c": 0.3, "prompt_cost": 0.3, "prompt": 1.0}
+COSTLY = {"v": lambda n: 1 + 0.2 * (n - 1), "c": 0.3, "prompt_cost": 0.3, "prompt": 1.0, "noise": 0.02}
 
 
 @pytest.mark.parametrize("tokens", [32, 64, 256, 1500])

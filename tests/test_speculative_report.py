@@ -72,7 +72,7 @@ def test_overlap_is_what_coins_estimate():
         _, report = engine.generate(
             model, PROMPTS * 8, 20, drafter, temperature=temperature, seed=0, draft_length=3, adaptive=False, measure_overlap=True
         )
-        assert report.overlapped == report.examined > 150
+        assert report.overlapped == report.examined > 100
         if temperature == 0:
             assert report.overlap == report.alpha
         else:

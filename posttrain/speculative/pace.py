@@ -17,7 +17,7 @@ from .planner import expected_tokens
 from .report import Report
 
 clock = time.perf_counter
-MARGIN = 0.03  # of the time that plain decoding would take, up to AHEAD tokens from now
+MARGIN = 0.025  # of the time that plain decoding would take, up to AHEAD tokens from now
 PROMPT_MARGIN = 0.02  # of the time that plain decoding would take, to let the drafter read the prompts
 AHEAD = 64
 REMEMBERED = 9  # times of a kind, of which the median counts
@@ -93,7 +93,7 @@ class Pace:
         if self.affordable is None:
             whole = self.prompt_seconds + self.max_new_tokens * plain
             self.affordable = self.prompt_cost * self.prompt_seconds <= PROMPT_MARGIN * whole
-        length = self._length(limit, rows) if self.affordable else 0
+        length = self._length(limit, rows, max(caps)) if self.affordable else 0
         if length:
             allowed = MARGIN * (self.report.seconds + min(max(caps), AHEAD) * plain)
             if self.behind + self._seconds(rows, length) - plain > allowed:
@@ -101,8 +101,8 @@ class Pace:
         self.report.rested += length == 0
         return length
 
-    def _length(self, limit: int, rows: int) -> int:
-        """The best length; where that is 0, a short one when it is time to try again."""
+    def _length(self, limit: int, rows: int, left: int) -> int:
+        """The best length; where that is 0, a short one when it is time to try again and enough is left to profit from it."""
         known = max(self.passes[rows].seconds) - 1
         limit = min(limit, max(2 * known, PROBE))  # what longer ones cost is too far from anything measured
         best = max(range(limit + 1), key=lambda g: expected_tokens(self.alpha, g) / self._seconds(rows, g))
@@ -113,7 +113,7 @@ class Pace:
             if self.resting == 0:
                 self.rest = min(2 * self.rest, LONGEST_REST) or FIRST_REST
                 self.resting = self.rest
-            self.resting -= 1
+            self.resting = max(self.resting - 1, 1 if left < FIRST_REST else 0)
             if self.resting:
                 return 0
             self.probing = True
