@@ -13,7 +13,7 @@ from posttrain.model import generate
 from posttrain.speculative import engine
 from posttrain.speculative.draft_data import collate, compute_items
 from posttrain.speculative.eagle import Eagle
-from posttrain.speculative.eagle_head import HORIZON, EagleHead, accuracy, feature_layers, loss_sum
+from posttrain.speculative.eagle_head import HORIZON, EagleHead, accuracy, feature_layers, loss_sum, set_scale
 from posttrain.speculative.tree import FixedTree, GrowingTree
 
 TREE = FixedTree.of([(0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (2, 1), (0, 0, 0), (0, 1, 0), (0, 1, 1)])
@@ -27,7 +27,7 @@ def head_of(model, version=1, ids=None):
     with torch.no_grad():
         for name, parameter in head.named_parameters():
             spread = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + 0.2 * spread if "norm" in name else 0.2 * spread)
+            parameter.copy_(1 + 0.2 * spread.clamp(-4, 4) if "norm" in name or name == "scale" else 0.2 * spread)
     return head.to(model.model.embed_tokens.weight.dtype).requires_grad_(False).eval()
 
 
@@ -120,7 +120,7 @@ def test_the_first_step_by_hand():
     model = small_target(torch.float64)
     head = head_of(model, 1)
     f, tokens = torch.randn(1, 5, 32, dtype=torch.float64), torch.tensor([[1, 2, 3, 4, 5]])
-    x = head.fc(torch.cat((model.model.embed_tokens.weight[[2, 3, 4, 5, 0]], f[0]), -1))[None]
+    x = head.fc(torch.cat((model.model.embed_tokens.weight[[2, 3, 4, 5, 0]], f[0] / head.scale), -1))[None]
     q, k, v = (getattr(head.attention, name)(x).view(1, 5, -1, 8).transpose(1, 2) for name in ("q_proj", "k_proj", "v_proj"))
 
     def turned(y):
@@ -132,7 +132,7 @@ def test_the_first_step_by_hand():
     h = x + head.attention.o_proj((p @ v.repeat_interleave(2, 1)).transpose(1, 2).reshape(1, 5, 32))
     state, hidden = head(f, tokens, 1)[0]
     expected = h + head.mlp(head.post_attention_norm(h))
-    assert state is hidden
+    assert torch.equal(hidden, state * head.scale)
     eps = torch.finfo(torch.float64).eps
     assert (state - expected).abs().max() < 64 * eps * expected.abs().max()
 
@@ -154,7 +154,7 @@ def test_loss_by_hand(version):
                     wanted = b.hidden[row, t + 1 + s]
                     log_p, log_q = ((module.head @ h).log_softmax(-1) for h in (wanted, hidden[row, t]))
                     kl = (log_p.exp() * (log_p - log_q)).sum()
-                    d = (state[row, t] - wanted).abs()
+                    d = (state[row, t] - (wanted if module.scale is None else wanted / module.scale)).abs()
                     feature = torch.where(d < 1, d * d / 2, d - 0.5).mean()
                     total += 0.8**s * (feature + 0.1 * kl if version == 1 else kl)
         return total
@@ -192,6 +192,16 @@ def test_starting_weights_pass_features_on():
     assert not torch.equal(head.fc.weight, other.fc.weight)
     assert torch.equal(head.mlp.up_proj.weight, model.model.layers[-1].mlp.up_proj.weight)
     assert head.fc.weight[:, 32:].diagonal().mean() > 0.8 > 0.2 > head.fc.weight[:, :32].diagonal().mean()
+
+
+def test_features_are_measured_in_their_own_size():
+    model = small_target()
+    items = compute_items(model, examples(6, 3))
+    head = EagleHead(model, torch.arange(6), 1)
+    set_scale(head, items)
+    every = torch.cat([item.features for item in items])
+    exact = every.double().square().mean(0).sqrt()
+    assert_as_accurate(head.scale, every.square().mean(0).sqrt(), exact)
 
 
 def test_feature_layers():

@@ -3,6 +3,8 @@
 EAGLE-1: the feature f_t is the target's hidden state after its final norm, of which its head predicts token t + 1.
     x_t = fc [e_{t+1}; f_t]    f'_{t+1} = layer(x)_t without its input norm    logits = head f'_{t+1}, which predicts token t + 2
     loss = SmoothL1(f'_{t+1}, f_{t+1}) (mean over D) + 0.1 CE(softmax(head f_{t+1}), softmax(head f'_{t+1}))
+    f is divided by `scale`, each dimension's root mean square over the training text: a model whose last norm multiplies by
+    hundreds (SmolLM2's) would otherwise have a loss of 10^4, all of it features
 EAGLE-3: g_t = fc of what enters three layers of the target, side by side
     x_t = [norm e_{t+1}; norm g_t]    a_t = g_t + attention(x)_t    b_t = a_t + mlp(norm a_t)    logits = head (norm b_t)
     loss = CE alone; b_t takes g_{t+1}'s place in the next step
@@ -17,6 +19,7 @@ and its own steps 1 .. s at t, and its loss weighs 0.8^s.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,7 +31,7 @@ from posttrain.errors import PosttrainError
 from posttrain.model.config import ModelConfig
 from posttrain.model.decoder import MLP, Attention, CausalLM, RMSNorm
 
-from .draft_data import DraftBatch, shifted
+from .draft_data import DraftBatch, Item, shifted
 from .heads import head_rows, places, put_tensors, read_heads, save_heads
 from .soft_targets import linear_kl
 
@@ -63,6 +66,7 @@ class EagleHead(nn.Module):
         self.version, self.config = version, config
         self.fc = nn.Linear(2 * D if version == 1 else 3 * D, D, bias=version == 1)
         self.attention, self.mlp = Attention(config, 0), MLP(config)
+        self.scale = nn.Parameter(torch.ones(D), requires_grad=False) if version == 1 else None
         self.post_attention_norm = RMSNorm(D, eps)
         if version == 3:
             for name in ("q_proj", "k_proj", "v_proj"):
@@ -85,6 +89,8 @@ class EagleHead(nn.Module):
         last: Any = base.model.layers[-1]
         std = base.config.initializer_range
         for name, parameter in self.named_parameters():
+            if name == "scale":
+                continue
             if name.endswith("bias") or "norm" in name:
                 parameter.fill_(float("norm" in name and not name.endswith("bias")))
             else:
@@ -103,7 +109,7 @@ class EagleHead(nn.Module):
 
     def start(self, features: Tensor) -> Tensor:
         """What the first step goes on from (B, T, D), of the target's features (B, T, F)."""
-        return features if self.version == 1 else self.fc(features)
+        return self.fc(features) if self.scale is None else features / self.scale
 
     def step(
         self, state: Tensor, tokens: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, seen: Any
@@ -120,7 +126,7 @@ class EagleHead(nn.Module):
             residual, x = state, torch.cat((self.embedding_norm(embedded), self.feature_norm(state)), -1)
         h = residual + self.attention(x, rope, mask, seen)
         h = h + self.mlp(self.post_attention_norm(h))
-        return h, h if self.version == 1 else self.norm(h)
+        return h, self.norm(h) if self.scale is None else h * self.scale
 
     def forward(self, features: Tensor, input_ids: Tensor, steps: int) -> list[tuple[Tensor, Tensor]]:
         """`step`'s results for s = 0 .. steps - 1, from features (B, T, F) and the true tokens int64 (B, T) in what is drafted."""
@@ -176,13 +182,22 @@ def loss_sum(
         wanted = shifted(batch.hidden, 1 + s)[learned]
         kl = linear_kl(hidden[learned], head.head, wanted, head.head).sum()
         shown[f"kl_{s + 1}"] = kl, int(learned.sum())
-        if head.version == 1:
-            feature = F.smooth_l1_loss(state[learned].float(), wanted.float(), reduction="none").mean(-1).sum()
+        if head.scale is not None:
+            features = wanted.float() / head.scale
+            feature = F.smooth_l1_loss(state[learned].float(), features, reduction="none").mean(-1).sum()
             if s == 0:
                 shown["feature_loss"] = feature, int(learned.sum())
             kl = feature + CE_WEIGHT * kl
         total = total + DECAY**s * kl
     return total, shown
+
+
+@torch.no_grad()
+def set_scale(head: EagleHead, items: Sequence[Item]) -> None:
+    """EAGLE-1's: the root mean square of each dimension of the items' features."""
+    if head.scale is not None:
+        squares = sum((item.features.float().square().sum(0) for item in items), torch.zeros_like(head.scale))
+        head.scale.copy_((squares / sum(len(item.features) for item in items)).sqrt().clamp_min(torch.finfo(torch.float32).tiny))
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ from posttrain.trainer import TrainConfig, TrainResult, train
 
 from . import eagle_head, medusa_heads, truncated
 from .draft_data import DraftBatch, Item, collate, compute_items, split
-from .eagle_head import EagleHead, feature_layers, save_eagle
+from .eagle_head import EagleHead, feature_layers, save_eagle, set_scale
 from .heads import draft_vocabulary
 from .medusa_heads import MedusaHeads, save_medusa
 from .truncated import Distilled, truncate
@@ -85,6 +85,8 @@ def train_draft(
     module, loss_sum, horizon = _prepare(target, training, draft, config.seed)
     layers = feature_layers(target.config.num_hidden_layers) if (draft.kind, draft.version) == ("eagle", 3) else None
     data = compute_items(target, training, layers)
+    if isinstance(module, EagleHead):
+        set_scale(module, data)
     identity = {"data": digest(examples), "draft": asdict(draft), "base": base_fingerprint(target)}
     run = partial(train, module, data, partial(collate, horizon=horizon), loss_sum, config)
     result = run(resume=resume, identity=identity, quiet=quiet, on_step=on_step)
