@@ -107,9 +107,10 @@ def aot_variants() -> Iterator[Variant]:
             "log_total_ptr": "*fp32", "stride": integer, "V": integer, "temperature": "fp32", "top_k": "i32", "top_p": "fp32",
         }  # fmt: skip
         tiles = tile(V, aligned)
-        constants = {"OWN": own, "FILTER": filtered, "TILE": tiles["TILE"]}
-        if not own:
-            constants["parameters_ptr"] = signature.pop("parameters_ptr") and None
+        constants: dict[str, object] = {"OWN": own, "FILTER": filtered, "TILE": tiles["TILE"]}
+        if not own:  # None at the launch
+            del signature["parameters_ptr"]
+            constants["parameters_ptr"] = None
         name = f"logit_filter_{names[dtype]}" + "_own" * own + "_filtered" * filtered + f"_{tiles['TILE']}"
         options = {"enable_fp_fusion": True}
         yield Variant(name, _logit_filter_kernel, signature, constants, num_warps=tiles["num_warps"], options=options)

@@ -250,8 +250,11 @@ def _spec_finish_kernel(parts_ptr, winners_ptr, num_accepted_ptr, out_ptr, K, pa
 def same_rows(target: Tensor, draft: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Both with contiguous rows and in one dtype, the wider; copies only where they must be."""
     wide = target.dtype if draft is None else torch.promote_types(target.dtype, draft.dtype)
-    rows = [t if t is None or t.stride(2) == 1 or t.shape[2] == 1 else t.contiguous() for t in (target, draft)]
-    return rows[0].to(wide), None if rows[1] is None else rows[1].to(wide)
+
+    def contiguous_rows(logits: Tensor) -> Tensor:
+        return (logits if logits.stride(2) == 1 or logits.shape[2] == 1 else logits.contiguous()).to(wide)
+
+    return contiguous_rows(target), None if draft is None else contiguous_rows(draft)
 
 
 def verify_draft_tokens_triton(
