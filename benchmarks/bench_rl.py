@@ -31,7 +31,7 @@ import _bench
 from bench_sft import SMOLLM2, cached_model
 
 # (prompts, tokens of a prompt, completions of each, tokens of a completion): the sentiment task's, and a longer answer's
-SHAPES = ((8, 43, 8, 2), (2, 128, 8, 64))
+SHAPES = ((8, 43, 8, 2), (1, 128, 8, 64))
 
 
 def sequences(prompts: int, P: int, G: int, C: int) -> list[tuple[list[int], list[int]]]:
