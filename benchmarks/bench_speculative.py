@@ -18,12 +18,12 @@ import argparse
 import importlib.util
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from speculative_prompts import PROMPTS
 
 from posttrain.model import CausalLM, KVCache, generate, load
 from posttrain.model.fused import fused_projections
@@ -31,6 +31,9 @@ from posttrain.model.tokenizer import Tokenizer
 from posttrain.speculative import engine, pace
 from posttrain.speculative.drafters import make_drafter
 from posttrain.speculative.report import Report
+
+sys.path.append(str(Path(__file__).parent))  # PYTHONSAFEPATH leaves it out
+from speculative_prompts import PROMPTS
 
 WIDTHS = (1, 2, 3, 4, 5, 6, 8, 9, 12, 16)
 clock = time.perf_counter
@@ -193,6 +196,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--cpu-time", action="store_true")
     parser.add_argument("--kinds", nargs="+", choices=PROMPTS, default=list(PROMPTS))
+    parser.add_argument("--prompts", type=int, default=3, help="of each kind (default %(default)s)")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if options.cpu_time:
@@ -214,7 +218,7 @@ def main() -> None:
     rows = {}
     for kind in options.kinds:
         chat, texts = PROMPTS[kind]
-        rows[kind] = measure(kind, [encode(tokenizer, text, chat) for text in texts], runs, model, options)
+        rows[kind] = measure(kind, [encode(tokenizer, text, chat) for text in texts[: options.prompts]], runs, model, options)
     if options.json:
         facts = {name: str(value) for name, value in vars(options).items()}
         options.json.write_text(json.dumps({"facts": facts, "pass_seconds": costs, "rows": rows}, indent=1) + "\n")
