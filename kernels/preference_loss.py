@@ -271,7 +271,7 @@ def kto_loss(
         r = log pi(y) - log pi_ref(y)
         losses = w_D (1 - sigmoid(beta (r - kl))) of desirable ones, w_U (1 - sigmoid(beta (kl - r))) of undesirable ones
 
-    (Ethayarajh et al., arXiv:2402.01306, eq. 7 and 8). policy_logps, ref_logps: float32 (B,), sums over each completion's tokens.
+    (Ethayarajh et al., arXiv:2402.01306). policy_logps, ref_logps: float32 (B,), sums over each completion's tokens.
     labels: bool (B,), desirable. kl: float32 (), the policy's divergence from the reference, held at 0 from below and without
     gradient; its estimate is the mean of r over completions of other prompts. Without kl the point of comparison is 0, which
     is "apo_zero_unpaired" (D'Oosterlinck et al., arXiv:2408.06266). Rewards are beta r.

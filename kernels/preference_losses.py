@@ -189,7 +189,7 @@ def sft(c, j, d, beta, e, t):
 
 @triton.jit
 def kto(c, j, d, beta, e, t):
-    """Ethayarajh et al. (KTO), arXiv:2402.01306, eq. 8: 1 - sigmoid(beta d), of a completion and what it is compared with."""
+    """Ethayarajh et al. (KTO), arXiv:2402.01306: 1 - sigmoid(beta d), of a completion and what it is compared with."""
     miss = tl.sigmoid(-beta * d)
     return miss, 0.0, 0.0, -beta * miss * tl.sigmoid(beta * d)
 

@@ -31,7 +31,7 @@ LOSSES = ("kto", "apo_zero_unpaired")
 @dataclass(frozen=True)
 class KtoConfig:
     """Names as in TRL's KTOConfig. "apo_zero_unpaired" (arXiv:2408.06266) compares with 0 and needs no estimate. The weights of
-    desirable and undesirable completions should have their numbers' ratio inverted, up to 4/3 (the paper's section 4.2)."""
+    desirable and undesirable completions should have their numbers' ratio inverted, up to 4/3."""
 
     loss_type: str = "kto"
     beta: float = 0.1

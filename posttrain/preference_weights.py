@@ -14,7 +14,7 @@ from .completion_batch import CompletionBatch
 
 def completion_logps(batch: CompletionBatch, logprobs: Tensor, ld_alpha: float | None = None) -> Tensor:
     """Sums over each completion (S,). With ld_alpha, tokens beyond the length of the shorter of the pair count ld_alpha times
-    (LD-DPO, Liu et al., arXiv:2409.06411, eq. 11): a longer text is not more or less likely for its length."""
+    (LD-DPO, Liu et al., arXiv:2409.06411): a longer text is not more or less likely for its length."""
     if ld_alpha is None:
         return batch.sums(logprobs)
     shared = torch.minimum(*batch.lengths.chunk(2)).repeat(2)

@@ -223,7 +223,7 @@ def preference_loss(
 
 
 def kto_loss(policy, ref, labels, kl, beta, desirable_weight=1.0, undesirable_weight=1.0):
-    """Ethayarajh et al. (KTO), arXiv:2402.01306, eq. 7 and 8, a completion at a time: (losses, rewards, dlosses/dpolicy).
+    """Ethayarajh et al. (KTO), arXiv:2402.01306, a completion at a time: (losses, rewards, dlosses/dpolicy).
 
     value(y) = sigmoid(b (r - z)) where y is desirable, sigmoid(b (z - r)) where not; loss = weight (1 - value). z is `kl` held at
     0 from below, a constant. z = 0 throughout: D'Oosterlinck et al., arXiv:2408.06266, APO-zero without pairs.
@@ -241,7 +241,7 @@ def kto_loss(policy, ref, labels, kl, beta, desirable_weight=1.0, undesirable_we
 
 
 def length_desensitized(token_logps, other_length, ld_alpha):
-    """Liu et al. (LD-DPO), arXiv:2409.06411, eq. 11: tokens past the other completion's length count ld_alpha times."""
+    """Liu et al. (LD-DPO), arXiv:2409.06411: tokens past the other completion's length count ld_alpha times."""
     total = 0.0
     for t, logp in enumerate(token_logps):
         total += logp if t < other_length else ld_alpha * logp
