@@ -84,7 +84,8 @@ class EagleHead(nn.Module):
 
     @torch.no_grad()
     def initialize(self, base: CausalLM, seed: int) -> EagleHead:
-        """Starting weights: the target's last layer where shapes are alike, `fc` passing features on, small random numbers else."""
+        """Starting weights: the target's last layer where shapes are alike, `fc` passing features on, small random numbers else; of
+        EAGLE-1 the layer's two output projections are 0."""
         generator = torch.Generator().manual_seed(seed)
         last: Any = base.model.layers[-1]
         std = base.config.initializer_range
@@ -105,6 +106,9 @@ class EagleHead(nn.Module):
         self.post_attention_norm.weight.copy_(last.post_attention_layernorm.weight)
         if self.version == 3:
             self.norm.weight.copy_(base.model.norm.weight)
+        else:  # the layer adds nothing yet: what it added in the target was in the residual stream's units, not the features'
+            self.attention.o_proj.weight.zero_()
+            self.mlp.down_proj.weight.zero_()
         return self
 
     def start(self, features: Tensor) -> Tensor:

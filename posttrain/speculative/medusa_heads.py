@@ -62,9 +62,9 @@ class MedusaHeads(nn.Module):
 
     def logits(self, hidden: Tensor, count: int | None = None) -> Tensor:
         """(K, N, V') over the draft vocabulary."""
-        states = self(hidden, count)
+        states = self(hidden, count).contiguous()  # else the product is a batch of them, of the head's rows repeated
         if self.head_weight is None:
-            return states @ self.head.t()
+            return F.linear(states, self.head)
         return torch.bmm(states, self.head_weight[: len(states)].to(states.dtype).transpose(1, 2))
 
     def targets(self, batch: DraftBatch) -> tuple[Tensor, Tensor]:
