@@ -176,7 +176,7 @@ def describe(row: dict) -> str:
     def cell(value: float | None, form: str = ".2f") -> str:
         return "n/a" if value is None else format(value, form)
 
-    text = f"{cell(row['speedup'])}x ours plain, {cell(row['speedup_over_transformers'])}x transformers plain"
+    text = f"times ours plain {cell(row['speedup'])}, times transformers plain {cell(row['speedup_over_transformers'])}"
     if row["tokens_per_pass"] is not None:
         text += f"; {cell(row['tokens_per_pass'])} tokens/pass, alpha {cell(row['alpha'])}, "
         text += f"accepted of drafted {cell(row['acceptance_rate'])}, off {cell(row['switched_off'], '.0%')} of passes"
