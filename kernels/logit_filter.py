@@ -111,7 +111,7 @@ def aot_variants() -> Iterator[Variant]:
         if not own:  # None at the launch
             del signature["parameters_ptr"]
             constants["parameters_ptr"] = None
-        name = f"logit_filter_{names[dtype]}" + "_own" * own + "_filtered" * filtered + f"_{tiles['TILE']}"
+        name = f"logit_filter_{names[dtype]}" + "_own" * own + "_filtered" * filtered + f"_{V}" + "_odd" * (not aligned)
         options = {"enable_fp_fusion": True}
         yield Variant(name, _logit_filter_kernel, signature, constants, num_warps=tiles["num_warps"], options=options)
 

@@ -333,7 +333,7 @@ def aot_variants() -> Iterator[Variant]:
         scalars = {"temperature": "fp32", "top_k": "i32", "top_p": "fp32"}
         constants = {"OWN": own, "DRAFT": draft, "FILTER": filtered, "TILE": tiles["TILE"]}
         absent = {name for name, here in (("draft_ptr", draft), ("parameters_ptr", own)) if not here}
-        suffix = f"{names[dtype]}" + "_drawn" * draft + "_own" * own + "_filtered" * filtered + f"_{tiles['TILE']}"
+        suffix = f"{names[dtype]}" + "_drawn" * draft + "_own" * own + "_filtered" * filtered + f"_{V}" + "_odd" * (not aligned)
         warps = tiles["num_warps"]
         yield _variant(f"spec_rows_{suffix}", _spec_rows_kernel, pointers | numbers | scalars, constants, absent, warps, options)
         for passed, split in product((True, False), (False,) if filtered else (True, False)):
