@@ -173,6 +173,7 @@ def train_reward_model(
         identity=identity,
         quiet=quiet,
         on_step=on_step,
+        unit="nats per pair",
     )
     save_adapter(model, config.output_dir)
     return result
