@@ -15,14 +15,16 @@ Least bytes: a row read once, 2 N V in bfloat16. Oracle: reference/logit_filter.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._library import define
 from ._row_filter import LARGEST, row_filter
-from ._triton import on_device_of, tl, triton
+from ._triton import backend, on_device_of, tl, triton
 from ._variant import Variant
 from .cpu import pytorch_logit_filter
 from .nf4 import DTYPES
@@ -33,6 +35,17 @@ def tile(V: int, aligned: bool) -> dict[str, int]:
     registers. A function of the row alone, so that sums are the same in any batch."""
     warps = 4 if V <= 65_536 else 8
     return {"TILE": (512 if aligned else 256) * warps, "num_warps": warps}
+
+
+def compiler_options(backend_name: str) -> dict[str, Any]:
+    """ptxas keeps a few values of these kernels in memory to have fewer registers, unless it is told how many it may take."""
+    return {"enable_fp_fusion": True, **({"maxnreg": 128} if backend_name == "cuda" else {})}
+
+
+def for_compilers(variant: Variant) -> Iterator[Variant]:
+    """The variant as either compiler is asked for it."""
+    for name in ("cuda", "hip"):
+        yield replace(variant, options=compiler_options(name), backends=(name,))
 
 
 @triton.jit
@@ -68,7 +81,7 @@ def logit_filter_triton(
         with on_device_of(logits):
             _logit_filter_kernel[(N,)](
                 logits, parameters, gathered, threshold, log_total, logits.stride(0), V, temperature, top_k, top_p,
-                OWN=parameters is not None, FILTER=filtered, **tiles, enable_fp_fusion=True,
+                OWN=parameters is not None, FILTER=filtered, **tiles, **compiler_options(backend()),
             )  # fmt: skip
     return threshold, log_total
 
@@ -112,8 +125,7 @@ def aot_variants() -> Iterator[Variant]:
             del signature["parameters_ptr"]
             constants["parameters_ptr"] = None
         name = f"logit_filter_{names[dtype]}" + "_own" * own + "_filtered" * filtered + f"_{V}" + "_odd" * (not aligned)
-        options = {"enable_fp_fusion": True}
-        yield Variant(name, _logit_filter_kernel, signature, constants, num_warps=tiles["num_warps"], options=options)
+        yield from for_compilers(Variant(name, _logit_filter_kernel, signature, constants, num_warps=tiles["num_warps"]))
 
 
 def logit_filter(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> tuple[Tensor, Tensor]:

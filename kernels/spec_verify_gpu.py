@@ -16,9 +16,9 @@ from torch import Tensor
 
 from ._row_filter import LARGEST, LEAST, load_clean, row_filter
 from ._spec_noise import exponentials, log2_near, request_noise, uniforms
-from ._triton import on_device_of, tl, triton
+from ._triton import backend, on_device_of, tl, triton
 from ._variant import Variant
-from .logit_filter import tile
+from .logit_filter import compiler_options, for_compilers, tile
 from .nf4 import DTYPES
 
 _PROGRAMS = 256  # that fill a processor
@@ -280,7 +280,7 @@ def verify_draft_tokens_triton(
     gathered = torch.empty(room, dtype=target.dtype, device=target.device)
     drafted = draft_tokens if draft_tokens.stride(1) == 1 or K <= 1 else draft_tokens.contiguous()
     shape = (drafted.stride(0), *strides, *target.stride()[:2], K, V, V if draft is None else draft.shape[2])
-    options = {"OWN": parameters is not None, "FILTER": filtered, "enable_fp_fusion": True, **tiles}
+    options = {"OWN": parameters is not None, "FILTER": filtered, **tiles, **compiler_options(backend())}
     with on_device_of(target):
         if K:
             _spec_rows_kernel[(B * K, sides)](
@@ -317,7 +317,6 @@ def aot_variants() -> Iterator[Variant]:
     """Every dtype, with drafts' logits and without, filters, settings of a request's own, either source of noise, split or not."""
     names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
     settings = (False, False), (False, True), (True, True)
-    options = {"enable_fp_fusion": True}
     for dtype, draft, (own, filtered), (V, aligned) in product(
         DTYPES, (True, False), settings, ((32_000, True), (151_936, True), (32_000, False), (151_936, False))
     ):
@@ -335,7 +334,7 @@ def aot_variants() -> Iterator[Variant]:
         absent = {name for name, here in (("draft_ptr", draft), ("parameters_ptr", own)) if not here}
         suffix = f"{names[dtype]}" + "_drawn" * draft + "_own" * own + "_filtered" * filtered + f"_{V}" + "_odd" * (not aligned)
         warps = tiles["num_warps"]
-        yield _variant(f"spec_rows_{suffix}", _spec_rows_kernel, pointers | numbers | scalars, constants, absent, warps, options)
+        yield from _variants(f"spec_rows_{suffix}", _spec_rows_kernel, pointers | numbers | scalars, constants, absent, warps)
         for passed, split in product((True, False), (False,) if filtered else (True, False)):
             noise = {"uniforms_ptr": "*fp32", "gumbel_ptr": "*fp32", "seeds_ptr": "*i64", "offsets_ptr": "*i64"}
             out = {"parts_ptr": "*fp32", "winners_ptr": "*i32", "out_ptr": "*i64", "num_accepted_ptr": "*i64"}
@@ -343,7 +342,7 @@ def aot_variants() -> Iterator[Variant]:
             flags = {"UNIFORMS": passed, "GUMBEL": passed, "SEEDS": not passed, "OFFSETS": not passed, "SPLIT": split, "PLACES": 8}
             none = absent | ({"seeds_ptr", "offsets_ptr"} if passed else {"uniforms_ptr", "gumbel_ptr"})
             name = f"spec_draw_{suffix}" + "_passed" * passed + "_split" * split
-            yield _variant(name, _spec_draw_kernel, signature, {**constants, **flags}, none, warps, options)
+            yield from _variants(name, _spec_draw_kernel, signature, {**constants, **flags}, none, warps)
     signature = {
         "parts_ptr": "*fp32",
         "winners_ptr": "*i32",
@@ -355,7 +354,7 @@ def aot_variants() -> Iterator[Variant]:
     yield Variant("spec_finish", _spec_finish_kernel, signature, {"PARTS": 64}, num_warps=1)
 
 
-def _variant(name, kernel, signature, constants, absent, warps, options) -> Variant:
-    """Arguments that are None at the launch are constants there."""
+def _variants(name, kernel, signature, constants, absent, warps) -> Iterator[Variant]:
+    """For either compiler; arguments that are None at the launch are constants there."""
     given = {k: v for k, v in signature.items() if k not in absent}
-    return Variant(name, kernel, given, {**constants, **dict.fromkeys(absent)}, num_warps=warps, options=options)
+    return for_compilers(Variant(name, kernel, given, {**constants, **dict.fromkeys(absent)}, num_warps=warps))

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from ._row_filter import LARGEST, load_clean, row_filter
 from ._spec_noise import request_noise, uniforms
-from ._triton import on_device_of, tl, triton
+from ._triton import backend, on_device_of, tl, triton
 from ._variant import Variant
-from .logit_filter import tile
+from .logit_filter import compiler_options, tile
 from .nf4 import DTYPES
-from .spec_verify_gpu import _variant, first_largest, race, request_setting, same_rows
+from .spec_verify_gpu import _variants, first_largest, race, request_setting, same_rows
 
 
 @triton.jit
@@ -185,7 +185,7 @@ def verify_draft_tree_triton(
             *target.stride()[:2], N, V, V if draft is None else draft.shape[2], depth, temperature, top_k, top_p, seed,
             OWN=parameters is not None, DRAFT=draft is not None, FILTER=filtered, REPLACED=with_replacement,
             UNIFORMS=uniforms is not None, GUMBEL=gumbel is not None, SEEDS=seeds is not None, OFFSETS=offsets is not None,
-            PLACES=triton.next_power_of_2(N + 1), enable_fp_fusion=True, **tiles,
+            PLACES=triton.next_power_of_2(N + 1), **tiles, **compiler_options(backend()),
         )  # fmt: skip
     return tokens, num_accepted, path
 
@@ -251,7 +251,6 @@ def aot_variants() -> Iterator[Variant]:
             + f"_{V}"
             + "_odd" * (not aligned)
         )
-        options = {"enable_fp_fusion": True}
-        yield _variant(name, _spec_tree_kernel, signature, constants, absent, tiles["num_warps"], options)
+        yield from _variants(name, _spec_tree_kernel, signature, constants, absent, tiles["num_warps"])
     signature = {"parents_ptr": "*i64", "mask_ptr": "*i1", "depth_ptr": "*i64", "N": "i32"}
     yield Variant("tree_attention", _tree_attention_kernel, signature, {"PLACES": 64}, num_warps=1)
