@@ -33,7 +33,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from bench_sft import SMOLLM2, cached_model
 from torch import Tensor
 
 from posttrain.adapters import LoraConfig, adapter_parameters, attach, load_adapter, save_adapter
@@ -42,6 +41,9 @@ from posttrain.model import CausalLM, ModelConfig, load, save
 from posttrain.preference import PreferenceConfig, collate_pairs, pair_loss
 from posttrain.preference_data import Pair
 from posttrain.progress import peak_memory
+
+sys.path.append(str(Path(__file__).parent))  # PYTHONSAFEPATH leaves it out
+from bench_sft import SMOLLM2, cached_model
 
 R, BETA = 8, 0.1
 SYSTEMS = ("posttrain", "TRL, fused head", "TRL, whole logits")
