@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from posttrain.fetch import cache_dir
+from posttrain.fetch import fetch
 from posttrain.review_pairs import prompt, review_pairs, to_jsonl
-from posttrain.reviews import FILE_NAME, LABELS, Review, load_reviews
+from posttrain.reviews import LABELS, Review, load_reviews
 
 
 def made_up(count):
@@ -50,10 +50,7 @@ def test_jsonl_has_trl_s_columns(tmp_path):
 
 @pytest.mark.real
 def test_the_real_reviews():
-    folder = cache_dir() / "reviews"
-    if not (folder / FILE_NAME).exists():
-        pytest.skip("the reviews are not here; posttrain fetch reviews")
-    splits = load_reviews(folder)
+    splits = load_reviews(fetch("reviews", progress=False))
     texts = []
     for split in splits:
         pairs = review_pairs(split)

@@ -31,7 +31,9 @@ def test_it_learns_and_leaves_the_base_alone(tmp_path, name):
     assert SHOWN <= entries[-1].keys() and all(math.isfinite(value) for entry in entries for value in entry.values())
     first, last = (torch.tensor([e["reward"] for e in part]).mean() for part in (entries[:3], entries[-3:]))
     assert last > first + 0.2  # of 48 completions each, whose share of 3 tokens has a deviation of at most 0.5: 0.07
-    assert entries[0]["kl"] == pytest.approx(0.0, abs=2.0) and entries[-1]["kl"] > entries[0]["kl"]
+    assert entries[-1]["kl"] > entries[0]["kl"]
+    if name != "rloo":  # which learns twice from its first draw; the others' policy was then still the reference
+        assert abs(entries[0]["kl"]) <= 64 * torch.finfo(torch.float32).eps
     with torch.no_grad(), disabled(model):
         assert torch.equal(model(ids), before)
     assert (tmp_path / "adapter_model.safetensors").is_file() and (tmp_path / "reward.svg").is_file()

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from posttrain.kernels import tree_attention
-from posttrain.speculative.tree import FixedTree, GrowingTree, best_size, chain, search_tree
+from posttrain.speculative.tree import FixedTree, GrowingTree, chain, search_tree
 
 
 def test_nodes_of_index_paths():
@@ -69,11 +69,7 @@ def test_no_other_tree_of_as_many_nodes_is_expected_to_accept_more(accuracy, cou
     assert math.isclose(sum(values), max(sum(map(value, some)) for some in trees))
 
 
-def test_the_size_that_pays():
-    values = [0.5, 0.3, 0.2]
-    assert best_size(values, [1.0, 1.1, 1.2, 1.8]) == (2, 1.8 / 1.2)
-    assert best_size(values, [1.0, 2.0, 2.0, 3.0]) == (0, 1.0)  # no tree pays
-    assert best_size(values, [1.0, 1.1])[0] == 1  # costs known for one node alone
+def test_a_tree_has_at_least_no_node():
     with pytest.raises(ValueError, match="num_nodes"):
         search_tree([[0.5]], -1)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import four_bit
 import pytest
 import torch
@@ -15,7 +17,7 @@ from posttrain.kernels.cpu import pytorch_swiglu
 from posttrain.kernels.swiglu import swiglu_backward_triton, swiglu_triton
 from posttrain.reference import swiglu as oracle
 
-native = pytest.importorskip("posttrain.kernels.cpu.native") if cpu.describe()["engine"] == "native" else None
+native = importlib.import_module("posttrain.kernels.cpu.native") if cpu.describe()["engine"] == "native" else None
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 WIDTHS = (1, 63, 64, 65, 511, 513, 1536)
 TRITON = swiglu_triton, swiglu_backward_triton

@@ -105,19 +105,6 @@ def search_tree(accuracy: Sequence[Sequence[float]], num_nodes: int, max_childre
     return FixedTree.of(chosen), values
 
 
-def best_size(values: Sequence[float], cost: Sequence[float]) -> tuple[int, float]:
-    """(nodes, speedup over plain decoding) of the tree whose tokens a pass over the pass's cost is largest; (0, 1.0): none pays.
-
-    values: as `search_tree` returns them. cost[n]: a whole step with a tree of n nodes, drafting included, over a plain step's.
-    """
-    best, tokens = (0, 1.0), 1.0
-    for n, value in enumerate(values, 1):
-        tokens += value
-        if n < len(cost) and tokens / cost[n] > best[1]:
-            best = n, tokens / cost[n]
-    return best
-
-
 class GrowingTree:
     """EAGLE-2's tree (arXiv:2406.16858, section 4): B requests, each grown by what its draft thinks probable.
 
