@@ -137,8 +137,8 @@ def continuations(args: argparse.Namespace, model: Any, tokenizer: Any) -> list:
     else:
         prompts = review_prompts(_reviews(args), tokenizer) if args.reviews else []
         if args.own_prompts:
-            print(f"the model makes up {args.own_prompts} prompts", file=sys.stderr)
-            prompts = own_prompts(model, tokenizer, args.own_prompts, args.seed) + prompts
+            with progress_bar("making up prompts", "prompts") as update:
+                prompts = own_prompts(model, tokenizer, args.own_prompts, args.seed, on_batch=update) + prompts
     if not prompts:
         raise PosttrainError("no prompts: give --prompts, --own-prompts or --reviews")
     room = model.context_length - config.max_new_tokens
