@@ -2,14 +2,14 @@
 
     python benchmarks/bench_adapters.py [--methods lora ia3 ...] [--no-accuracy]
 
-About 20 minutes on two cores, 5 without the accuracy, which is where the training is.
+About 25 minutes on two cores, 7 without the accuracy, which is where the training is.
   trained    parameters that train, and their share;  disk  bytes of the saved weights
   peak       the highest resident size during two steps, ours and PEFT's each in a process of its own
   step       forward, backward, clipping and AdamW on 2 x 256 tokens, a quarter of them labelled; ours and PEFT's in turn in one
              process, so that a busy machine slows both; the ratio is the median of those within a round
   accuracy   on the test split after STEPS of 2 rows of 256 tokens, with Wilson's 95 % interval and McNemar's exact test against the
              same base untrained. How rates and steps were chosen, on validation items: posttrain/adapters/recipes.py
-  decode     tokens/s at batch 1, greedily, 32 after 32
+  decode     tokens/s at batch 1, greedily, 16 after 32
 Before a step is timed the losses must agree: ours is at most twice as far from float32 as PEFT's. All bases are bf16 but
 qlora's (NF4; the peer is bitsandbytes + PEFT) and full's (fp32). The weights are dequantized Q4_1 values.
 
@@ -184,13 +184,13 @@ def memory(method: str, folder: Path, adapter: Path) -> dict[str, int]:
 
 
 def decode_speed(method: str, folder: Path, adapter: Path) -> float:
-    """Tokens a second, the better of two: 32 after a prompt of 32, never stopping early. In bf16, a 4-bit base's in 4 bits."""
+    """Tokens a second, the better of two: 16 after a prompt of 32, never stopping early. In bf16, a 4-bit base's in 4 bits."""
     model = base(method, folder, "bf16").eval()
     if method != "full":
         load_adapter(model, adapter, any_base=True)
     prompt = [tokens()[0][0, :32].tolist()]
     generate(model, prompt, 4)
-    return 32 / min(bench_sft._timed(functools.partial(generate, model, prompt, 32)) for _ in range(2))
+    return 16 / min(bench_sft._timed(functools.partial(generate, model, prompt, 16)) for _ in range(2))
 
 
 class Task:
