@@ -22,11 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import cpu
 from ._library import define
 from ._row_filter import LARGEST, row_filter
 from ._triton import backend, on_device_of, tl, triton
 from ._variant import Variant
-from .cpu import pytorch_logit_filter
 from .nf4 import DTYPES
 
 
@@ -104,7 +104,7 @@ def _fake(logits, temperature, top_k, top_p, parameters):
 define(
     "logit_filter(Tensor logits, float temperature, int top_k, float top_p, Tensor? parameters) -> (Tensor, Tensor)",
     _fake,
-    CPU=pytorch_logit_filter.logit_filter,
+    CPU=lambda *given: cpu.logit_filter(*given),
     CUDA=logit_filter_triton,
 )
 

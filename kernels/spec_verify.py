@@ -33,31 +33,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import cpu
 from ._library import define
-from .cpu import pytorch_spec_verify
 from .logit_filter import check_sampling
 from .nf4 import DTYPES
 from .spec_verify_gpu import verify_draft_tokens_triton
-
-
-def _cpu(draft_tokens, draft_logits, target_logits, num_draft, *rest):
-    K = draft_tokens.shape[1]
-    if bool(((num_draft < 0) | (num_draft > K)).any()):
-        raise ValueError(f"num_draft is {num_draft.tolist()}; expected 0 to {K}, the drafts that draft_tokens has room for")
-    tokens, num_accepted = pytorch_spec_verify.verify_draft_tokens(draft_tokens, draft_logits, target_logits, num_draft, *rest)
-    check_drawn(tokens, num_accepted)
-    return tokens, num_accepted
-
-
-def check_drawn(tokens: Tensor, num_accepted: Tensor) -> None:
-    """ValueError where a request stopped at a row from which nothing can be drawn."""
-    none = (tokens.gather(1, num_accepted[:, None])[:, 0] < 0).nonzero()
-    if len(none):
-        b = int(none[0])
-        raise ValueError(
-            f"target_logits of request {b} hold no finite number after {int(num_accepted[b])} accepted tokens, all NaN or -inf: "
-            "no token can be drawn"
-        )
 
 
 def _fake(draft_tokens, *rest):
@@ -71,7 +51,7 @@ define(
     f"verify_draft_tokens(Tensor draft_tokens, Tensor? draft_logits, Tensor target_logits, Tensor num_draft, {_SETTING}, {_NOISE})"
     " -> (Tensor, Tensor)",
     _fake,
-    CPU=_cpu,
+    CPU=lambda *given: cpu.verify_draft_tokens(*given),
     CUDA=verify_draft_tokens_triton,
 )
 

@@ -23,41 +23,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import cpu
 from ._library import define
-from .cpu import pytorch_spec_verify
 from .spec_verify import (
     _NOISE,
     _SETTING,
     check_devices,
-    check_drawn,
     check_logits,
     noise_arguments,
     sampling_arguments,
 )
 from .spec_verify_tree_gpu import tree_attention_triton, verify_draft_tree_triton
-
-
-def _cpu(node_tokens, parents, target_logits, draft_logits, num_nodes, *rest):
-    N = node_tokens.shape[1]
-    if bool(((num_nodes < 0) | (num_nodes > N)).any()):
-        raise ValueError(f"num_nodes is {num_nodes.tolist()}; expected 0 to {N}, the nodes that node_tokens has room for")
-    used = torch.arange(N) < num_nodes[:, None]
-    check_parents(parents.expand(len(num_nodes), N), used)
-    result = pytorch_spec_verify.verify_draft_tree(node_tokens, parents, target_logits, draft_logits, num_nodes, *rest)
-    check_drawn(*result[:2])
-    return result
-
-
-def check_parents(parents: Tensor, used: Tensor | None = None) -> None:
-    """ValueError unless every (used) node's parent is -1 or an earlier node."""
-    wrong = (parents < -1) | (parents >= torch.arange(parents.shape[-1], device=parents.device))
-    if used is not None:
-        wrong &= used
-    if bool(wrong.any()):
-        b, i = wrong.nonzero()[0].tolist()
-        raise ValueError(
-            f"the parent of node {i} of request {b} is {int(parents[b, i])}; expected -1 (the root) or a node before it"
-        )
 
 
 def _fake(node_tokens, parents, target_logits, draft_logits, num_nodes, t, k, p, parameters, with_replacement, depth, *noise):
@@ -69,7 +45,7 @@ define(
     "verify_draft_tree(Tensor node_tokens, Tensor parents, Tensor target_logits, Tensor? draft_logits, Tensor num_nodes, "
     f"{_SETTING}, bool with_replacement, SymInt depth, {_NOISE}) -> (Tensor, Tensor, Tensor)",
     _fake,
-    CPU=_cpu,
+    CPU=lambda *given: cpu.verify_draft_tree(*given),
     CUDA=verify_draft_tree_triton,
 )
 
@@ -119,17 +95,17 @@ def verify_draft_tree(
     return op(tokens, parents, target_logits, draft_logits, num_nodes, *setting, with_replacement, depth, *noise)
 
 
-def _attention_cpu(parents: Tensor) -> tuple[Tensor, Tensor]:
-    check_parents(parents)
-    return pytorch_spec_verify.tree_attention(parents)
-
-
 def _attention_fake(parents):
     B, N = parents.shape
     return parents.new_empty(B, N + 1, N + 1, dtype=torch.bool), parents.new_empty(B, N + 1)
 
 
-define("tree_attention(Tensor parents) -> (Tensor, Tensor)", _attention_fake, CPU=_attention_cpu, CUDA=tree_attention_triton)
+define(
+    "tree_attention(Tensor parents) -> (Tensor, Tensor)",
+    _attention_fake,
+    CPU=lambda parents: cpu.tree_attention(parents),
+    CUDA=tree_attention_triton,
+)
 
 
 def tree_attention(parents: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,13 +11,16 @@ if find_spec("._native", __package__) is not None:
     from .native import multi_lora_add
     from .native_logits import logit_rows
     from .native_rms_norm import rms_norm, rms_norm_backward
+    from .native_spec_verify import logit_filter, tree_attention, verify_draft_tokens, verify_draft_tree
     from .native_swiglu import swiglu, swiglu_backward
 else:
     from . import pytorch as engine  # type: ignore[no-redef]
     from . import pytorch_lora as lora_engine  # type: ignore[no-redef]
+    from .pytorch_logit_filter import logit_filter
     from .pytorch_logits import logit_rows
     from .pytorch_multi_lora import multi_lora_add
     from .pytorch_rms_norm import rms_norm, rms_norm_backward
+    from .pytorch_spec_verify import tree_attention, verify_draft_tokens, verify_draft_tree
     from .pytorch_swiglu import swiglu, swiglu_backward
 
 quantize_4bit = engine.quantize_4bit
@@ -40,6 +43,7 @@ __all__ = [
     "double_quantize",
     "linear_4bit",
     "linear_4bit_dx",
+    "logit_filter",
     "logit_rows",
     "lora_linear",
     "lora_linear_backward",
@@ -51,6 +55,9 @@ __all__ = [
     "rms_norm_backward",
     "swiglu",
     "swiglu_backward",
+    "tree_attention",
+    "verify_draft_tokens",
+    "verify_draft_tree",
 ]
 
 

@@ -4,6 +4,7 @@
 
 #include "multi_lora.h"
 #include "scalar.h"
+#include "spec_verify.h"
 
 static const isa *engine;
 enum { NO_UNITS, DOT_BF16, AMX };
@@ -280,4 +281,22 @@ int swiglu(const void *gate, const void *up, const void *dy, int dtype, int64_t 
     swiglu_job j = {gate, up, dy, out, dup, dtype, N, D, gate_stride, up_stride, dy_stride};
     run_parallel(swiglu_task, &j, threads);
     return 0;
+}
+
+int logit_filter(const void *logits, int dtype, int64_t N, int64_t V, int64_t stride, double temperature, int64_t top_k, double top_p,
+                 const double *settings, float *threshold, float *log_total, int64_t threads) {
+    filter_args a = {logits, dtype, N, V, stride, temperature, top_p, top_k, settings, threshold, log_total, threads, engine};
+    return filter_rows(&a);
+}
+
+int spec_verify(const int64_t *nodes, const int64_t *parents, int64_t parents_stride, const int64_t *num, const void *target,
+                int target_dtype, int64_t target_stride, int64_t target_row, const void *draft, int draft_dtype, int64_t draft_stride,
+                int64_t draft_row, int64_t B, int64_t N, int64_t V, int64_t draft_V, int64_t depth, int with_replacement,
+                double temperature, int64_t top_k, double top_p, const double *settings, const double *uniforms, const double *gumbel,
+                int64_t seed, const int64_t *seeds, const int64_t *offsets, int64_t *tokens, int64_t *num_accepted, int64_t *path,
+                int64_t threads) {
+    spec_args a = {nodes, parents, num, parents_stride, target, draft, target_dtype, draft_dtype, with_replacement, target_stride,
+                   target_row, draft_stride, draft_row, B, N, V, draft_V, depth, temperature, top_p, top_k, settings, uniforms, gumbel,
+                   seed, seeds, offsets, tokens, num_accepted, path, threads, engine};
+    return spec_verify_requests(&a);
 }

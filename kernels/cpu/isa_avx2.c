@@ -2,6 +2,7 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
+#include "sampled_row.h"
 #include "scalar.h"
 #include "target.h"
 

@@ -35,6 +35,10 @@ typedef struct {
     const codebook *book;
 } weight;
 
+struct sampled_row; /* sampled_row.h */
+struct leftover;
+struct race_noise;
+
 /* One instruction set's inner loops. Every set returns the same bytes from the first five; sums may differ in rounding. */
 typedef struct {
     const char *name;
@@ -65,6 +69,11 @@ typedef struct {
     /* n <= SWIGLU_RUN elements. */
     void (*swiglu_run)(const void *gate, const void *up, int dtype, int64_t n, void *y);
     void (*swiglu_run_backward)(const void *gate, const void *up, const void *dy, int dtype, int64_t n, void *dgate, void *dup);
+    /* The index of the first of the largest logits, or -1; a row's filter; what is left of a row, its sum and a draw from it. */
+    int64_t (*first_largest)(const void *z, int dtype, int64_t V);
+    void (*filter_row)(struct sampled_row *row, int64_t top_k, double top_p, float *memory);
+    double (*leftover_mass)(const struct leftover *left);
+    int64_t (*race)(const struct leftover *left, const struct race_noise *noise);
 } isa;
 
 enum { SWIGLU_RUN = 512 };

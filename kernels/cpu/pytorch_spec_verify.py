@@ -72,12 +72,42 @@ def _rows(V: int) -> int:
     return max(1, _LOGITS // V)
 
 
+def check_num(name: str, num: Tensor, most: int, why: str) -> None:
+    """ValueError unless 0 <= num <= most, for every request."""
+    if bool(((num < 0) | (num > most)).any()):
+        raise ValueError(f"{name} is {num.tolist()}; expected 0 to {most}, {why}")
+
+
+def check_parents(parents: Tensor, used: Tensor | None = None) -> None:
+    """ValueError unless every (used) node's parent is -1 or an earlier node."""
+    wrong = (parents < -1) | (parents >= torch.arange(parents.shape[-1]))
+    if used is not None:
+        wrong &= used
+    if bool(wrong.any()):
+        b, i = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"the parent of node {i} of request {b} is {int(parents[b, i])}; expected -1 (the root) or a node before it"
+        )
+
+
+def check_drawn(tokens: Tensor, num_accepted: Tensor) -> None:
+    """ValueError where a request stopped at a row from which nothing can be drawn."""
+    none = (tokens.gather(1, num_accepted[:, None])[:, 0] < 0).nonzero()
+    if len(none):
+        b = int(none[0])
+        raise ValueError(
+            f"target_logits of request {b} hold no finite number after {int(num_accepted[b])} accepted tokens, all NaN or -inf: "
+            "no token can be drawn"
+        )
+
+
 def verify_draft_tokens(
     draft_tokens, draft_logits, target_logits, num_draft, temperature, top_k, top_p, parameters, uniforms, gumbel, seed, seeds,
     offsets,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As the op (kernels/spec_verify.py)."""
     B, K = draft_tokens.shape
+    check_num("num_draft", num_draft, K, "the drafts that draft_tokens has room for")
     tokens, num_accepted = torch.full((B, K + 1), -1), torch.zeros(B, dtype=torch.int64)
     seeds = request_seeds(B, seed, seeds)
     offsets = torch.zeros(B, dtype=torch.int64) if offsets is None else offsets
@@ -102,6 +132,7 @@ def verify_draft_tokens(
             kept[:, :K] = drafted.where(torch.arange(K) < n[:, None], -1)
             tokens[some] = kept.scatter_(1, n[:, None], token[:, None])
             num_accepted[some] = n
+    check_drawn(tokens, num_accepted)
     return tokens, num_accepted
 
 
@@ -278,6 +309,8 @@ def verify_draft_tree(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """As the op (kernels/spec_verify_tree.py)."""
     B, N = node_tokens.shape
+    check_num("num_nodes", num_nodes, N, "the nodes that node_tokens has room for")
+    check_parents(parents.expand(B, N), torch.arange(N) < num_nodes[:, None])
     tokens, paths = torch.full((B, depth + 1), -1), torch.full((B, depth), -1)
     num_accepted = torch.zeros(B, dtype=torch.int64)
     noise = _noise(target_logits, uniforms, gumbel, seed, seeds, offsets, N)
@@ -294,11 +327,13 @@ def verify_draft_tree(
         kept, path = verify_request(drafted, children, target_logits[b], rows, setting, uniform, race, with_replacement)
         tokens[b, : len(kept)], paths[b, : len(path)] = torch.tensor(kept), torch.tensor(path, dtype=torch.int64)
         num_accepted[b] = len(path)
+    check_drawn(tokens, num_accepted)
     return tokens, num_accepted, paths
 
 
 def tree_attention(parents: Tensor) -> tuple[Tensor, Tensor]:
     """As the op: parents (B, N) -> (mask bool (B, N + 1, N + 1), depth int64 (B, N + 1))."""
+    check_parents(parents)
     B, N = parents.shape
     mask, depth = torch.eye(N + 1, dtype=torch.bool).repeat(B, 1, 1), torch.zeros(B, N + 1, dtype=torch.int64)
     rows = torch.arange(B)

@@ -5,6 +5,7 @@
 
 #define W 8
 typedef __m256 vf;
+typedef uint64_t vq __attribute__((vector_size(4 * W)));
 static inline vf vf_load(const float *p) { return _mm256_loadu_ps(p); }
 static inline vf vf_set1(float x) { return _mm256_set1_ps(x); }
 static inline void vf_store(float *p, vf a) { _mm256_storeu_ps(p, a); }
@@ -15,6 +16,7 @@ static inline float vf_sum(vf a) {
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
+static inline vq vq_mul(vq a, vq b) { return (vq)_mm256_mul_epu32((__m256i)a, (__m256i)b); }
 
 /* 16-bit values as a table of low bytes and one of high bytes, which pshufb looks up and punpck joins. */
 typedef struct { __m128i low, high; } table16;

@@ -5,12 +5,14 @@
 
 #define W 16
 typedef __m512 vf;
+typedef uint64_t vq __attribute__((vector_size(4 * W)));
 static inline vf vf_load(const float *p) { return _mm512_loadu_ps(p); }
 static inline vf vf_set1(float x) { return _mm512_set1_ps(x); }
 static inline void vf_store(float *p, vf a) { _mm512_storeu_ps(p, a); }
 static inline vf vf_add(vf a, vf b) { return _mm512_add_ps(a, b); }
 static inline vf vf_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
 static inline float vf_sum(vf a) { return _mm512_reduce_add_ps(a); }
+static inline vq vq_mul(vq a, vq b) { return (vq)_mm512_mul_epu32((__m512i)a, (__m512i)b); }
 
 /* A table of 16-bit values keeps each twice, in both halves of a dword, so that the index of vpermw is 2 * code + anything:
  * five bits cut out of the packed bytes by one shift, with no mask. */

@@ -5,12 +5,14 @@
 
 #define W 4
 typedef float32x4_t vf;
+typedef uint64_t vq __attribute__((vector_size(4 * W)));
 static inline vf vf_load(const float *p) { return vld1q_f32(p); }
 static inline vf vf_set1(float x) { return vdupq_n_f32(x); }
 static inline void vf_store(float *p, vf a) { vst1q_f32(p, a); }
 static inline vf vf_add(vf a, vf b) { return vaddq_f32(a, b); }
 static inline vf vf_fma(vf a, vf b, vf c) { return vfmaq_f32(c, a, b); }
 static inline float vf_sum(vf a) { return vaddvq_f32(a); }
+static inline vq vq_mul(vq a, vq b) { return (vq)vmull_u32(vmovn_u64((uint64x2_t)a), vmovn_u64((uint64x2_t)b)); }
 
 /* Tables by byte of the value: tbl looks each byte up, st2 / st4 interleave them in memory. */
 typedef struct { uint8x16x2_t bytes; } table16;

@@ -16,6 +16,10 @@ static inline vf vf_fma(vf a, vf b, vf c) {
 }
 static inline float vf_sum(vf a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
 
+/* Unsigned integers of 64 bits; vq_mul multiplies their low halves. */
+typedef uint64_t vq __attribute__((vector_size(4 * W)));
+static inline vq vq_mul(vq a, vq b) { return (a & 0xFFFFFFFF) * (b & 0xFFFFFFFF); }
+
 /* table16: code -> 16-bit value; table32: code -> float32 value, rounded to dtype. Built once a block. */
 typedef struct { uint16_t v[16]; } table16;
 typedef struct { float v[16]; } table32;
