@@ -112,8 +112,8 @@ def test_threads_and_batches_change_nothing(setting):
 
 
 def test_words_left_after_a_sure_draft():
-    """Drawn without replacement, and word 0 has all but 1e-9 of q: once it is refused the second child, which is word 1, is all that
-    q has left, and what is left of p too: it must be accepted. 1 - q(0) is 0 in float32, and then p itself would be drawn from."""
+    """Drawn without replacement, and word 0 has all but 1e-9 of q: once it is refused, the second child, word 1, is all that q has
+    left, and all that p has: it must be accepted. 1 - q(0) is 0 in float32, and then p itself would be drawn from."""
     N = 2_000
     p, q = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.0, math.log(1e-9)])
     generator = torch.Generator().manual_seed(0)
