@@ -9,10 +9,11 @@ CONSTRAINTS := $(if $(shell command -v nvidia-smi rocm-smi 2>/dev/null),,-c cons
 comma  := ,
 STAMP  := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 PYTEST := PYTHONSAFEPATH=1 TRITON_DEFAULT_FP_FUSION=0 $(BIN)/pytest -q
-# `make test-triton VERSION=3.6`, of triton 3.6 to 3.9; AOT=all compiles all there is, TARGETS="sm_80 or gfx942" names targets
+# `make test-triton VERSION=3.6`, of triton 3.6 to 3.9. AOT=0 compiles each kernel once, 1 every setting, 2 every pair of settings,
+# "all" everything; TARGETS="sm_80 or gfx942" names targets.
 VERSION ?= 3.6
 OTHER  := $(abspath $(VENV))/triton-$(VERSION)
-AOT    ?= 2
+AOT    ?= 1
 TARGETS ?= sm or gfx
 # set to "not real" where the model and the data must not be downloaded
 REAL   ?=
@@ -47,6 +48,7 @@ test-gpu: $(STAMP) ## the same kernel tests, compiled, on this machine's GPU
 # Beside the environment, in a folder that comes first on the path; triton 3.6's interpreter does not know numpy 2.4.
 test-triton: $(STAMP) ## the kernels under another triton, without a GPU: make test-triton VERSION=3.6
 	test -d $(OTHER) || $(BIN)/python -m pip install -q --no-deps --target $(OTHER) 'triton==$(VERSION).*' 'numpy<2.4'
+	PYTHONPATH=$(OTHER) $(BIN)/python -c 'from triton import __version__ as v; assert v.startswith("$(VERSION)."), v; print("triton", v)'
 	PYTHONPATH=$(OTHER) TRITON_INTERPRET=1 $(PYTEST) -m interpret
 	PYTHONPATH=$(OTHER) POSTTRAIN_AOT=$(AOT) $(PYTEST) -m aot -k "$(TARGETS)"
 

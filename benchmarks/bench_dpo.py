@@ -38,8 +38,8 @@ from torch import Tensor
 from posttrain.adapters import LoraConfig, adapter_parameters, attach, load_adapter, save_adapter
 from posttrain.atomic import atomic_write
 from posttrain.model import CausalLM, ModelConfig, load, save
-from posttrain.preference import PreferenceConfig, collate_pairs, pair_loss
-from posttrain.preference_data import Pair
+from posttrain.preference.data import Pair
+from posttrain.preference.paired import PreferenceConfig, collate_pairs, pair_loss
 from posttrain.progress import peak_memory
 
 sys.path.append(str(Path(__file__).parent))  # PYTHONSAFEPATH leaves it out

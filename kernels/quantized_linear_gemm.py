@@ -2,7 +2,7 @@
 
     y[m, n] = sum_k round(value[code[n, k]] * absmax[n, b(k)]) * x[m, k] + bias[n]         round: once, to x's dtype
 
-x          float32 | float16 | bfloat16 (M, K)   any row stride
+x          float32 | float16 | bfloat16 (M, K)   any row stride; copied where a row does not start at a multiple of 16 bytes
 packed     uint8 (N K / 2,)                      two codes a byte, the first element in the high nibble; K % 32 == 0
 absmax     float32 (ceil(N K / block_size),)     or uint8 codes of it (double quantization)
 y          x's dtype (M, N)
@@ -204,7 +204,9 @@ def quantized_linear_gemm_triton(
     """Launch the GEMM on x (M, K), K a multiple of 32 and packed aligned to 16 bytes. Returns (M, N) in x's dtype, with
     the term of `low_rank` added."""
     M = x.shape[0]
-    x = x if x.stride(0) < 2**25 else x.contiguous()  # a tile's offsets are 32-bit: 64 rows at most
+    # Loaded one by one, values of x have more addresses than 64 rows' registers leave room for. A tile's offsets are 32-bit.
+    aligned = x.data_ptr() % 16 == 0 and x.stride(0) % 16 == 0
+    x = x if aligned and x.stride(0) < 2**25 else x.clone(memory_format=torch.contiguous_format)
     y = x.new_empty(M, N)
     out = y if split_k == 1 else x.new_empty(split_k, M, N, dtype=torch.float32)
     tile, options = gemm_tile(M, *current_arch())
@@ -246,5 +248,5 @@ def aot_variants() -> Iterator[Variant]:
             options=options,
             backends=(backend_name,),
             archs=(arch,),
-            unaligned=("x_ptr", "absmax_ptr", "nested_absmax_ptr", "bias_ptr", "N", "stride_xm"),
+            unaligned=("absmax_ptr", "nested_absmax_ptr", "bias_ptr", "N"),
         )

@@ -24,7 +24,7 @@ from .completion_batch import CompletionBatch, Sequences, collate_completions
 from .data import IGNORE_INDEX
 from .errors import PosttrainError
 from .model.decoder import CausalLM
-from .preference_data import Pair, digest
+from .preference.data import Pair, digest
 from .statistics import format_p, mcnemar, wilson_interval
 from .trainer import Loss, TrainConfig, TrainResult, train
 
@@ -133,7 +133,7 @@ def train_reward_model(
     quiet: bool = False,
     on_step: Callable[[dict[str, Any]], None] | None = None,
 ) -> TrainResult:
-    """Make a reward model of `model` (a CausalLM, dense or quantized) from pairs (posttrain.preference_data.load_preferences).
+    """Make a reward model of `model` (a CausalLM, dense or quantized) from pairs (posttrain.preference.data.load_preferences).
 
     adapter: LoRA's configuration (default r=8 on all linear layers); the head joins its modules_to_save. A batch is of pairs.
     use_margins: by the pairs' margins, where they have them. The adapter is saved in config.output_dir in PEFT's format,

@@ -4,7 +4,7 @@ Schulman et al., arXiv:1707.06347. A token's ratio is rho = pi(token) / pi_old(t
     L = -min(rho A, clip(rho, 1 - low, 1 + high) A)                          eq. 7, with its sign changed
     V = 1/2 max((v - R)^2, (clip(v, v_old - range, v_old + range) - R)^2)    not in the paper; see Engstrom et al., arXiv:2005.12729
 The reward of a completion y of a prompt x is that of its last token, and each token pays for leaving the reference (Ziegler
-et al., arXiv:1909.08593, eq. 2): r_t = -coefficient k1_t + [t is the last] score.
+et al., arXiv:1909.08593, section 2): r_t = -coefficient k1_t + [t is the last] score.
 """
 
 import math

@@ -3,8 +3,8 @@
 A reward model gives r_w to the chosen and r_l to the rejected completion of a prompt. Bradley-Terry:
     p(w beats l) = sigmoid(r_w - r_l - m)
     loss = -log sigmoid(r_w - r_l - m) + centre (r_w + r_l)^2
-Ouyang et al., arXiv:2203.02155, eq. 1; the margin m is Touvron et al.'s, arXiv:2307.09288, eq. 2; the second term, which
-says where the scale that only differences fix has its zero, Eisenstein et al.'s, arXiv:2312.09244.
+Ouyang et al., arXiv:2203.02155, eq. 1; the margin m is Touvron et al.'s, arXiv:2307.09288, section 3.2.2; the second term,
+which says where the scale that only differences fix has its zero, Eisenstein et al.'s, arXiv:2312.09244.
 """
 
 import math

@@ -10,7 +10,7 @@ from small_run import kill
 
 from posttrain.adapters import LoraConfig
 from posttrain.preference import dpo
-from posttrain.preference_data import Pair
+from posttrain.preference.data import Pair
 from posttrain.trainer import TrainConfig
 
 STEPS = 5

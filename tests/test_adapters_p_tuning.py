@@ -16,6 +16,7 @@ from virtual_peers import assert_learns, check_peft_loads_ours, check_we_load_pe
 from posttrain import adapters
 from posttrain.adapters import PromptEncoderConfig, attach, p_tuning
 from posttrain.adapters.p_tuning import PromptEncoder
+from posttrain.adapters.recipes import RECIPES
 
 ENCODERS = [
     {"encoder_reparameterization_type": "MLP"},
@@ -69,6 +70,33 @@ def test_dropout_is_the_encoders_and_not_what_is_saved():
     model.train()
     assert not torch.equal(virtual.embeddings(), virtual.embeddings())
     assert torch.equal(adapters.saved_tensors(model)["prompt_embeddings"], still) and virtual.training
+
+
+def one_step(encoder, parameters, rate):
+    """How far AdamW's first step moves the virtual tokens, on a gradient of random directions (eps: of no account)."""
+    optimizer, before = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0, eps=1e-30), encoder().detach()
+    (encoder() * torch.randn_like(before)).sum().backward()
+    optimizer.step()
+    return (encoder().detach() - before).abs()
+
+
+@pytest.mark.parametrize("hidden", [64, 576])
+def test_the_last_layer_multiplies_the_rate(hidden):
+    """docs/math/virtual_tokens.md: |dE| = eta (|h|_1 + 1) in every dimension."""
+    torch.manual_seed(0)
+    encoder, rate = PromptEncoder(1, 576, PromptEncoderConfig(1, encoder_hidden_size=hidden)), 1e-3
+    wide = copy.deepcopy(encoder).double()
+    predicted = rate * (wide.mlp_head[:-1](wide.embedding.weight).sum() + 1).expand(1, 576)
+    steps = [one_step(each, each.mlp_head[-1].parameters(), rate) for each in (encoder, wide)]
+    assert_as_accurate(predicted, *steps)
+
+
+def test_recipe_moves_the_tokens_about_as_far_as_prompt_tunings():
+    """At SmolLM2's width; three times as far is where P-tuning was seen not to learn."""
+    torch.manual_seed(0)
+    encoder = PromptEncoder(20, 576, RECIPES["p-tuning"].adapter())
+    moved = one_step(encoder, encoder.parameters(), RECIPES["p-tuning"].learning_rate).square().mean().sqrt()
+    assert 0.5 < moved / RECIPES["prompt"].learning_rate < 2
 
 
 @pytest.mark.parametrize("kind", ["MLP", "LSTM"])

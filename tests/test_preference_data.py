@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from posttrain.errors import PosttrainError
-from posttrain.preference_data import (
+from posttrain.preference.data import (
     Pair,
     Unpaired,
     digest,

@@ -10,7 +10,7 @@ from tolerance import assert_as_accurate
 
 from posttrain.adapters import LoraConfig, adapter_parameters, attach, load_adapter, save_adapter
 from posttrain.model import load, save
-from posttrain.preference import PreferenceConfig, collate_pairs, pair_loss
+from posttrain.preference.paired import PreferenceConfig, collate_pairs, pair_loss
 
 pytestmark = pytest.mark.peers
 CONFIGS = [

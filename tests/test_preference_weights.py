@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from posttrain.completion_batch import collate_shared
-from posttrain.preference_weights import completion_logps, wpo_weights
+from posttrain.preference.weights import completion_logps, wpo_weights
 from posttrain.reference import preference_loss as oracle
 
 LENGTHS = [(4, 7), (5, 5), (6, 1)]  # chosen, rejected

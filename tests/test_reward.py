@@ -16,7 +16,7 @@ from tolerance import assert_as_accurate
 from posttrain.adapters import LoraConfig, adapter_parameters, attach, disabled, save_adapter, set_adapter
 from posttrain.completion_batch import collate_completions
 from posttrain.errors import PosttrainError
-from posttrain.preference_data import Pair
+from posttrain.preference.data import Pair
 from posttrain.reference import reward as oracle
 from posttrain.reward import add_score_head, load_reward_model, reward_loss, score, score_accuracy, scores, train_reward_model
 from posttrain.trainer import TrainConfig

@@ -8,7 +8,7 @@ from model_cases import random_model
 
 from posttrain.adapters import LoraConfig, active_adapter, attach
 from posttrain.errors import PosttrainError
-from posttrain.preference_data import Pair
+from posttrain.preference.data import Pair
 from posttrain.reward import score, train_reward_model
 from posttrain.rl.prompts import Prompt
 from posttrain.rl.rewards import call_reward, exact_match, regex_match, reward_model

@@ -100,9 +100,9 @@ def test_accuracy_by_hand():
     batches = [collate([item], HORIZON) for item in compute_items(model, examples(6))]
     hits, count = [[0] * 4, [0] * 4], [0, 0]
     for batch in batches:
-        for t in range(batch.labels.shape[1] - 2):
+        for t in range(batch.num_tokens - 2):
             for k in range(2):
-                if t + 2 + k >= batch.labels.shape[1]:
+                if t + 2 + k >= batch.num_tokens:
                     continue
                 order = heads.logits(batch.hidden[0, t : t + 1])[k, 0].argsort(descending=True)
                 said = heads.draft_ids[order].tolist()

@@ -24,7 +24,7 @@ from posttrain.speculative.continuations import (
     review_prompts,
     write_continuations,
 )
-from posttrain.speculative.draft_data import DraftBatch, collate, compute_items, shifted, split
+from posttrain.speculative.draft_data import WIDTH, DraftBatch, collate, compute_items, shifted, split
 from posttrain.speculative.eagle_head import load_eagle
 from posttrain.speculative.heads import draft_vocabulary, places
 from posttrain.speculative.medusa_heads import load_medusa
@@ -169,9 +169,10 @@ def test_batches_by_hand():
     model = small_target()
     items = compute_items(model, [Example([1, 2, 3], [-100, 2, 3]), Example([4, 5], [-100, 5])], layers=(1, 0))
     batch = collate(items, 1)
-    assert isinstance(batch, DraftBatch) and batch.labels.tolist() == [[IGNORE_INDEX, 2, 3], [IGNORE_INDEX, 5, IGNORE_INDEX]]
+    assert isinstance(batch, DraftBatch) and batch.labels[:, :3].tolist() == [[IGNORE_INDEX, 2, 3], [IGNORE_INDEX, 5, IGNORE_INDEX]]
+    assert batch.labels.shape == batch.input_ids.shape == (2, WIDTH) and (batch.labels[:, 3:] == IGNORE_INDEX).all()
     assert batch.normalizer == 3 and batch.learned(2).sum() == 1 and not batch.hidden[1, 2].any()
-    assert torch.equal(batch.features[0, :, 32:], model.model.embed_tokens.weight[[1, 2, 3]])  # what enters layer 0
+    assert torch.equal(batch.features[0, :3, 32:], model.model.embed_tokens.weight[[1, 2, 3]])  # what enters layer 0
     inner, held = split(list(range(20)), 0.1, 0)
     assert len(held) == 2 and sorted(inner + held) == list(range(20)) and split(list(range(20)), 0.1, 0)[1] == held
     with pytest.raises(ValueError, match="give more prompts"):

@@ -71,8 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def preference_of(args: argparse.Namespace) -> Any:
     """The PreferenceConfig, or for completions without pairs the KtoConfig, that the options say. PosttrainError where they do not
     go together."""
-    from posttrain.kto import KtoConfig
-    from posttrain.preference import PreferenceConfig
+    from posttrain.preference.paired import PreferenceConfig
+    from posttrain.preference.unpaired import KtoConfig
 
     names = args.loss_type.split(",")
     try:
@@ -95,7 +95,7 @@ def preference_of(args: argparse.Namespace) -> Any:
 
 def read(name: str, tokenizer: Tokenizer, args: argparse.Namespace, paired: bool = True) -> list[Any]:
     """Pairs (or labelled completions) of a file, or derived from the reviews."""
-    from posttrain.preference_data import encode_pair, fit_pair, load_preferences, load_unpaired, unpair
+    from posttrain.preference.data import encode_pair, fit_pair, load_preferences, load_unpaired, unpair
 
     if not name.startswith(DERIVED):
         load = load_preferences if paired else load_unpaired
@@ -117,9 +117,9 @@ def read(name: str, tokenizer: Tokenizer, args: argparse.Namespace, paired: bool
 def run(args: argparse.Namespace) -> None:
     from posttrain.adapters.recipes import RECIPES
     from posttrain.cli.quantize import copy_tokenizer
-    from posttrain.kto import kto
-    from posttrain.pair_accuracy import pair_accuracy
-    from posttrain.preference import dpo, pair_logps
+    from posttrain.preference.accuracy import pair_accuracy
+    from posttrain.preference.paired import dpo, pair_logps
+    from posttrain.preference.unpaired import kto
     from posttrain.trained_model import model_folder
 
     adapter = None if args.adapter else adapter_of(args.method, args)

@@ -21,7 +21,7 @@ from posttrain.cli.training import add_training_arguments, train_config
 
 if TYPE_CHECKING:
     from posttrain.model.tokenizer import Tokenizer
-    from posttrain.preference_data import Pair
+    from posttrain.preference.data import Pair
 
 LEARNING_RATE = 1e-3
 HELP = "train a reward model on pairs of completions"
@@ -56,7 +56,7 @@ def _read(name: str, tokenizer: Tokenizer, args: argparse.Namespace) -> list[Pai
     """Pairs of a file, or derived from the reviews."""
     from posttrain.cli.dpo import read
     from posttrain.cli.practice import split_of
-    from posttrain.preference_data import encode_pair, fit_pair
+    from posttrain.preference.data import encode_pair, fit_pair
     from posttrain.review_pairs import NOTE
     from posttrain.review_prompts import positive
 

@@ -32,7 +32,7 @@ examples:
   posttrain speculative train-draft --kind draft --model smollm2-135m --data smollm2.jsonl --output draft --layers 4
 """
 # kind -> (epochs, learning rate)
-RECIPES = {"draft": (4.0, 1e-3), "medusa": (10.0, 2e-3), "eagle": (10.0, 1e-4)}
+RECIPES = {"draft": (4.0, 1e-3), "medusa": (10.0, 2e-3), "eagle": (10.0, 1e-3)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,9 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     draft.add_argument("--noise", type=float, default=0.0, help="eagle: on the features, over their size (default %(default)s)")
     draft.add_argument("--vocab-size", type=int, default=8192, metavar="N", help="medusa, eagle; 0: all (default %(default)s)")
     training = parser.add_argument_group("training")
-    training.add_argument("--epochs", type=float, help="default: by kind, 10 for heads")
+    training.add_argument("--epochs", type=float, help="default: 4, 10 for heads")
     training.add_argument("--batch-size", type=positive_int, default=8, metavar="N", help="texts a step (default %(default)s)")
-    training.add_argument("--learning-rate", type=float, help="default: by kind, 1e-4 for eagle")
+    training.add_argument("--learning-rate", type=float, help="default: 1e-3, 2e-3 for medusa")
     training.add_argument("--seed", type=int, default=0, help="default %(default)s")
     training.add_argument("--save-steps", type=int, default=100, metavar="N", help="between checkpoints (default %(default)s)")
     training.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output, if any")
@@ -137,8 +137,8 @@ def continuations(args: argparse.Namespace, model: Any, tokenizer: Any) -> list:
     else:
         prompts = review_prompts(_reviews(args), tokenizer) if args.reviews else []
         if args.own_prompts:
-            print(f"the model makes up {args.own_prompts} prompts", file=sys.stderr)
-            prompts = own_prompts(model, tokenizer, args.own_prompts, args.seed) + prompts
+            with progress_bar("making up prompts", "prompts") as update:
+                prompts = own_prompts(model, tokenizer, args.own_prompts, args.seed, on_batch=update) + prompts
     if not prompts:
         raise PosttrainError("no prompts: give --prompts, --own-prompts or --reviews")
     room = model.context_length - config.max_new_tokens

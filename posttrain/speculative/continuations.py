@@ -69,7 +69,13 @@ def review_prompts(texts: Sequence[str], tokenizer: Tokenizer) -> list[list[int]
 
 
 def own_prompts(
-    model: CausalLM, tokenizer: Tokenizer, count: int, seed: int = 0, max_tokens: int = 48, batch_size: int = 128
+    model: CausalLM,
+    tokenizer: Tokenizer,
+    count: int,
+    seed: int = 0,
+    max_tokens: int = 48,
+    batch_size: int = 128,
+    on_batch: Callable[[int, int], None] | None = None,
 ) -> list[list[int]]:
     """Chat prompts that the model makes up: user messages sampled after the template's opening of one, those that it ended.
 
@@ -88,6 +94,8 @@ def own_prompts(
         ended = [tokenizer.decode(text).strip() for text in texts if 4 <= len(text) < max_tokens]
         prompts += [tokenizer.chat([{"role": "user", "content": text}]) for text in dict.fromkeys(ended) if text]
         tries += batch_size
+        if on_batch:
+            on_batch(min(len(prompts), count), count)
     return prompts[:count]
 
 

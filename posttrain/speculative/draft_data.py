@@ -10,11 +10,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from posttrain.data import IGNORE_INDEX, Example
 from posttrain.model.decoder import CausalLM
 from posttrain.packing import collate as collate_rows
+
+# oneDNN keeps about half a MiB for each shape that it has ever multiplied: batches of every width would grow into gigabytes.
+WIDTH = 32
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,11 @@ def shifted(x: Tensor, by: int, fill: int = 0) -> Tensor:
     return moved
 
 
+def _padded(ids: Tensor, fill: int = 0) -> Tensor:
+    """(B, T) on to a multiple of WIDTH, on the right."""
+    return F.pad(ids, (0, -ids.shape[1] % WIDTH), value=fill)
+
+
 @torch.no_grad()
 def compute_items(
     model: CausalLM, examples: Sequence[Example], layers: Sequence[int] | None = None, batch_size: int = 16
@@ -86,7 +95,7 @@ def compute_items(
         order = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids))
         for start in range(0, len(order), batch_size):
             ours = order[start : start + batch_size]
-            hidden = model.hidden(collate_rows([[examples[i]] for i in ours]).input_ids.to(device))
+            hidden = model.hidden(_padded(collate_rows([[examples[i]] for i in ours]).input_ids).to(device))
             features = torch.cat([taken[layer] for layer in layers], -1) if layers else hidden
             for row, i in enumerate(ours):
                 length = len(examples[i].input_ids)
@@ -100,9 +109,10 @@ def compute_items(
 
 
 def collate(items: Sequence[Item], horizon: int) -> DraftBatch:
-    """Items as tensors, padded on the right to the longest."""
+    """Items as tensors, padded on the right to the longest and on to a multiple of WIDTH."""
     rows = collate_rows([[item.example] for item in items])
-    width = rows.input_ids.shape[1]
+    input_ids, labels = _padded(rows.input_ids), _padded(rows.labels, IGNORE_INDEX)
+    width = input_ids.shape[1]
 
     def padded(parts: list[Tensor]) -> Tensor:
         whole = parts[0].new_zeros((len(parts), width, parts[0].shape[1]))
@@ -113,7 +123,7 @@ def collate(items: Sequence[Item], horizon: int) -> DraftBatch:
     hidden = padded([item.hidden for item in items])
     same = all(item.features is item.hidden for item in items)
     features = hidden if same else padded([item.features for item in items])
-    return DraftBatch(rows.input_ids, rows.labels, hidden, features, rows.num_tokens, horizon)
+    return DraftBatch(input_ids, labels, hidden, features, rows.num_tokens, horizon)
 
 
 def split(items: Sequence, share: float, seed: int) -> tuple[list, list]:

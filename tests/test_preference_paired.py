@@ -19,9 +19,9 @@ from posttrain.adapters import LoraConfig, adapter_parameters, attach, disabled
 from posttrain.errors import PosttrainError
 from posttrain.kernels import preference_loss
 from posttrain.kernels.preference_losses import LOSSES
-from posttrain.pair_accuracy import pair_accuracy
-from posttrain.preference import PreferenceConfig, collate_pairs, dpo, pair_logps, pair_loss
-from posttrain.preference_data import Pair
+from posttrain.preference.accuracy import pair_accuracy
+from posttrain.preference.data import Pair
+from posttrain.preference.paired import PreferenceConfig, collate_pairs, dpo, pair_logps, pair_loss
 from posttrain.quantized import quantize_model
 
 LORA = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)

@@ -24,8 +24,8 @@ from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any, TypeVar
 
-from .data import IGNORE_INDEX, Example, encode_completion, fit, messages_in, read_jsonl, text_in
-from .errors import PosttrainError
+from posttrain.data import IGNORE_INDEX, Example, encode_completion, fit, messages_in, read_jsonl, text_in
+from posttrain.errors import PosttrainError
 
 PAIRS = '"prompt", "chosen" and "rejected", or "chosen" and "rejected" that begin alike'
 LABELLED = '"prompt", "completion" and "label"'

@@ -9,12 +9,13 @@ from typing import Any
 
 from torch import Tensor
 
-from .adapters import active_adapter, base_fingerprint
-from .errors import PosttrainError
-from .model.decoder import CausalLM
+from posttrain.adapters import active_adapter, base_fingerprint
+from posttrain.errors import PosttrainError
+from posttrain.model.decoder import CausalLM
+from posttrain.trained_model import attach_for_training, check_lengths, free_weights, save_trained
+from posttrain.trainer import TrainConfig, TrainResult, train
+
 from .reference_logps import FILE, cached, identity_of, reference_of
-from .trained_model import attach_for_training, check_lengths, free_weights, save_trained
-from .trainer import TrainConfig, TrainResult, train
 
 
 def train_against_reference(

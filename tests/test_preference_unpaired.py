@@ -14,8 +14,8 @@ from tolerance import assert_as_accurate
 from posttrain.adapters import LoraConfig, adapter_parameters, attach, disabled
 from posttrain.errors import PosttrainError
 from posttrain.kernels import kto_loss
-from posttrain.kto import KtoConfig, collate_labelled, kto, labelled_loss, with_mismatched
-from posttrain.preference_data import Unpaired, unpair
+from posttrain.preference.data import Unpaired, unpair
+from posttrain.preference.unpaired import KtoConfig, collate_labelled, kto, labelled_loss, with_mismatched
 from posttrain.reference import preference_loss as oracle
 
 CONFIG = KtoConfig(beta=0.3, desirable_weight=1.5, undesirable_weight=0.5)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .completion_batch import CompletionBatch
+from posttrain.completion_batch import CompletionBatch
 
 
 def completion_logps(batch: CompletionBatch, logprobs: Tensor, ld_alpha: float | None = None) -> Tensor:

@@ -15,15 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .completion_batch import CompletionBatch, Sequences, collate_completions
-from .errors import PosttrainError
-from .kernels import kto_loss
-from .model.decoder import CausalLM
-from .preference_data import Unpaired, digest
+from posttrain.completion_batch import CompletionBatch, Sequences, collate_completions
+from posttrain.errors import PosttrainError
+from posttrain.kernels import kto_loss
+from posttrain.model.decoder import CausalLM
+from posttrain.token_logprobs import completion_logprobs
+from posttrain.trainer import TrainConfig, TrainResult
+
+from .data import Unpaired, digest
 from .reference_logps import Progress, measure, reference_logprobs
-from .reference_training import train_against_reference
-from .token_logprobs import completion_logprobs
-from .trainer import TrainConfig, TrainResult
+from .training import train_against_reference
 
 LOSSES = ("kto", "apo_zero_unpaired")
 
@@ -166,8 +167,8 @@ def kto(
     quiet: bool = False,
     on_step: Callable[[dict[str, Any]], None] | None = None,
 ) -> TrainResult:
-    """Train `model` on labelled completions (preference_data.load_unpaired). A batch is of completions; larger ones estimate the
-    divergence better. Arguments, what is saved and errors as in posttrain.preference.dpo."""
+    """Train `model` on labelled completions (data.load_unpaired). A batch is of completions; larger ones estimate the divergence
+    better. Arguments, what is saved and errors as in posttrain.preference.dpo."""
     preference = preference or KtoConfig()
     if not examples:
         raise PosttrainError("the training data holds no completions")

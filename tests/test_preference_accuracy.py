@@ -8,7 +8,7 @@ from model_cases import random_model
 from preference_run import pairs
 
 from posttrain.adapters import LoraConfig, attach
-from posttrain.pair_accuracy import PairAccuracy, pair_accuracy
+from posttrain.preference.accuracy import PairAccuracy, pair_accuracy
 
 
 def test_by_reward_and_by_likelihood():

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .model.decoder import CausalLM
-from .preference import pair_logps
-from .preference_data import Pair
+from posttrain.model.decoder import CausalLM
+from posttrain.statistics import Comparison, compare, format_p, mcnemar, wilson_interval
+
+from .data import Pair
+from .paired import pair_logps
 from .reference_logps import Progress, reference_of
-from .statistics import Comparison, compare, format_p, mcnemar, wilson_interval
 
 
 @dataclass(frozen=True)

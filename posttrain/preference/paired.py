@@ -15,18 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .completion_batch import CompletionBatch, collate_shared
-from .errors import PosttrainError
-from .kernels import preference_loss
-from .kernels.preference_loss import check_options
-from .kernels.preference_losses import LOSSES
-from .model.decoder import CausalLM
-from .preference_data import Pair, digest
-from .preference_weights import completion_logps, wpo_weights
+from posttrain.completion_batch import CompletionBatch, collate_shared
+from posttrain.errors import PosttrainError
+from posttrain.kernels import preference_loss
+from posttrain.kernels.preference_loss import check_options
+from posttrain.kernels.preference_losses import LOSSES
+from posttrain.model.decoder import CausalLM
+from posttrain.token_logprobs import collision_logprobs, completion_logprobs, head_logprobs, labelled_hidden
+from posttrain.trainer import TrainConfig, TrainResult
+
+from .data import Pair, digest
 from .reference_logps import Progress, measure, reference_logprobs
-from .reference_training import train_against_reference
-from .token_logprobs import collision_logprobs, completion_logprobs, head_logprobs, labelled_hidden
-from .trainer import TrainConfig, TrainResult
+from .training import train_against_reference
+from .weights import completion_logps, wpo_weights
 
 # Methods whose papers add the chosen completion's likelihood to a loss, and have no reference.
 PAPERS = {"cpo": ("sigmoid", "sft"), "orpo": ("orpo", "sft")}
@@ -176,7 +177,7 @@ def dpo(
     quiet: bool = False,
     on_step: Callable[[dict[str, Any]], None] | None = None,
 ) -> TrainResult:
-    """Train `model` (a posttrain.model CausalLM, dense or quantized) to prefer the chosen of `pairs` (preference_data.py).
+    """Train `model` (a posttrain.model CausalLM, dense or quantized) to prefer the chosen of `pairs` (data.py).
 
     adapter: as in posttrain.sft.sft; a batch is of pairs. The reference is ref_model where one is given; else the base, which
     is the model with the new adapter off; else, where the model came with an adapter or all its weights train, the model as it

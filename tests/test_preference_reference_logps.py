@@ -10,7 +10,7 @@ from model_cases import random_model
 
 from posttrain.adapters import LoraConfig, adapter_parameters, attach
 from posttrain.errors import PosttrainError
-from posttrain.reference_logps import cached, identity_of, measure, reference_of
+from posttrain.preference.reference_logps import cached, identity_of, measure, reference_of
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=30), st.integers(1, 120))

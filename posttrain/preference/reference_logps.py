@@ -17,14 +17,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .adapters import active_adapter, adapter_parameters, base_fingerprint, disabled
-from .atomic import atomic_write
-from .completion_batch import CompletionBatch
-from .errors import PosttrainError
-from .model.decoder import CausalLM
-from .model.safetensors_file import SafetensorsReader, write_safetensors
-from .quantized import QuantizedLinear
-from .token_logprobs import completion_logprobs
+from posttrain.adapters import active_adapter, adapter_parameters, base_fingerprint, disabled
+from posttrain.atomic import atomic_write
+from posttrain.completion_batch import CompletionBatch
+from posttrain.errors import PosttrainError
+from posttrain.model.decoder import CausalLM
+from posttrain.model.safetensors_file import SafetensorsReader, write_safetensors
+from posttrain.quantized import QuantizedLinear
+from posttrain.token_logprobs import completion_logprobs
 
 FILE = "reference_logps.safetensors"
 _TENSOR = "ref_logps"
