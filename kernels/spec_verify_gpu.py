@@ -36,16 +36,33 @@ def request_setting(parameters_ptr, temperature, top_k, top_p, b, OWN: tl.conste
 
 @triton.jit
 def first_largest(row_ptr, V, TILE: tl.constexpr):
-    """(largest finite logit, its first index), or (-LARGEST, -1)."""
+    """(largest finite logit, its first index), or (-LARGEST, -1). A lane notes in which two tiles its largest lies; the first index
+    of the largest of all is found in a second look at these."""
     lanes = tl.arange(0, TILE)
-    best, at = tl.full((TILE,), -LARGEST, tl.float32), tl.full((TILE,), -1, tl.int32)
-    for start in range(0, V, TILE):
-        z = load_clean(row_ptr, start + lanes, V)
-        at = tl.where(z > best, start, at)
-        best = tl.maximum(best, z)
-    top = tl.max(best, axis=0)
-    first = tl.min(tl.where((best == top) & (at >= 0), at + lanes, 2147483647), axis=0)
-    return top, tl.where(top > -LARGEST, first, -1)
+    best, at = tl.full((TILE,), -LARGEST, tl.float32), tl.full((TILE,), 2147483647, tl.int32)
+    for start in range(0, V, 2 * TILE):
+        most = best
+        for i in tl.static_range(2):
+            offsets = start + i * TILE + lanes
+            z = tl.load(row_ptr + offsets, mask=offsets < V, other=-float("inf")).to(tl.float32)
+            most = tl.maximum(most, z)
+        at = tl.where(most > best, start, at)
+        best = most
+    top = tl.minimum(tl.max(best, axis=0), LARGEST)
+    first = tl.full((), -1, tl.int32)
+    if top > -LARGEST:
+        low = tl.min(tl.where(best >= top, at, 2147483647), axis=0)
+        end = low + 2 * TILE
+        if top >= LARGEST:  # equals that differ, infinity and what is beyond 3e38: the first may be anywhere
+            end = (V + TILE - 1) // TILE * TILE
+            low = end * 0
+        found = tl.full((TILE,), 2147483647, tl.int32)
+        for behind in range(0, end - low, TILE):  # the last tile first
+            start = tl.multiple_of(end - TILE - behind, 256)
+            z = tl.load(row_ptr + start + lanes, mask=start + lanes < V, other=-float("inf")).to(tl.float32)
+            found = tl.where(z >= top, start, found)
+        first = tl.min(tl.where(found < 2147483647, found + lanes, 2147483647), axis=0)
+    return top, first
 
 
 @triton.jit
@@ -287,7 +304,7 @@ def verify_draft_tokens_triton(
                 drafted, draft, target, num_draft, parameters, gathered, statistics, *shape, temperature, top_k, top_p,
                 DRAFT=draft is not None, **options,
             )  # fmt: skip
-        part, parts = _split(B, V, filtered, tiles["TILE"])
+        part, parts = _split(B, V, filtered or temperature == 0, tiles["TILE"])
         scores = torch.empty(B, parts, dtype=torch.float32, device=target.device)
         winners = torch.empty(B, parts, dtype=torch.int32, device=target.device)
         places = triton.next_power_of_2(K + 1)
@@ -305,9 +322,10 @@ def verify_draft_tokens_triton(
     return tokens, num_accepted
 
 
-def _split(B: int, V: int, filtered: bool, TILE: int) -> tuple[int, int]:
-    """(tokens of a part, parts): what a filter leaves is a few tiles, not worth a launch; else enough to fill a processor."""
-    wanted = 1 if filtered else max(1, _PROGRAMS // B)
+def _split(B: int, V: int, whole: bool, TILE: int) -> tuple[int, int]:
+    """(tokens of a part, parts): what a filter leaves is a few tiles, and an argmax no more work than a draft's row: not worth a
+    launch; else enough to fill a processor."""
+    wanted = 1 if whole else max(1, _PROGRAMS // B)
     part = -(-V // wanted)
     part = -(-part // TILE) * TILE
     return part, -(-V // part)

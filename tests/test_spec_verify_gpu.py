@@ -3,6 +3,8 @@ executed in the emulator in strict mode, and what they move."""
 
 from __future__ import annotations
 
+import re
+
 import four_bit
 import pytest
 import torch
@@ -20,8 +22,8 @@ def _case(V: int, dtype: torch.dtype, setting, chosen: bool = False, narrow: int
     draft = (target[:, :K].float() + torch.randn(B, K, V, generator=generator)).to(dtype)[..., : V - narrow]
     drafted = draw(draft, setting[0] or 1.0, *setting[1:], generator)
     drafted[0, 1] = -1
-    target[1, 1, drafted[1, 1]] = torch.nan
     if V > 2:
+        target[1, 1, drafted[1, 1]] = torch.nan
         target[2, 0] = torch.nn.functional.one_hot(torch.tensor(V - 2), V).log()  # all the mass on one word
         drafted[2, 0] = V - 1
     num = torch.tensor([K, K, K, 0, 2])[:B]
@@ -57,6 +59,30 @@ CASES = {
 def test_interpreted(case):
     options = CASES[case] | {"dtype": torch.float16 if CASES[case]["dtype"] == torch.bfloat16 else CASES[case]["dtype"]}
     _check(verify_draft_tokens_triton, **(options | {"V": min(options["V"], 300)}))
+
+
+@pytest.mark.interpret
+def test_interpreted_equals_beyond_3e38():
+    """Infinity and what is beyond 3e38 are equals: the first of them wins, far in front of the larger."""
+    row = torch.zeros(1, 1, 9000)
+    row[0, 0, 3 + 8192], row[0, 0, 3] = torch.inf, 3.3e38
+    given = torch.zeros(1, 0, dtype=torch.int64), None, row, torch.tensor([0]), 0.0, 0, 1.0, None, None, None, 0, None, None
+    assert verify_draft_tokens_triton(*given)[0].tolist() == [[3]]
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("target", ("sm_80", "sm_90"))
+@pytest.mark.parametrize(
+    "name", ("spec_rows_bf16_drawn_filtered_32000", "spec_draw_bf16_drawn_32000_split", "spec_tree_bf16_drawn_32000")
+)
+def test_machine_code(name, target):
+    """SASS: rows are loaded 128 bits at a time, and nothing lies in local memory."""
+    from posttrain.kernels import _aot
+
+    variant = next(v for v in _aot.variants() if v.name == name and _aot.applies(v, target))
+    sass = _aot.tool("nvdisasm", _aot.compile_variant(variant, target).asm["cubin"], "-c")
+    assert re.search(r"LDG\.E[.\w]*\.128", sass)
+    assert not re.search(r"\b(LDL|STL)\b", sass)
 
 
 @pytest.mark.emulated
@@ -108,7 +134,7 @@ def work(setting, V: int, B: int = 4, K: int = 4, verify=verify_draft_tokens_tri
 
 @pytest.mark.emulated
 @pytest.mark.parametrize(
-    ("setting", "V", "instructions"), [((1.0, 0, 1.0), 32_000, 1.3), ((0.0, 0, 1.0), 32_000, 0.45), ((0.8, 50, 0.95), 32_000, 2.1)]
+    ("setting", "V", "instructions"), [((1.0, 0, 1.0), 32_000, 1.3), ((0.0, 0, 1.0), 32_000, 0.22), ((0.8, 50, 0.95), 32_000, 2.1)]
 )
 def test_emulated_work(setting, V, instructions):
     """Rows are read once, the filters included; vLLM's kernels, measured the same way, take 1.73 instructions where nothing is
