@@ -89,8 +89,18 @@ def test_what_is_poisoned_stays_in_its_row():
     assert y[3].isnan().all() and not y[66].isfinite().any() and y[[i for i in range(70) if i not in (3, 66)]].isfinite().all()
 
 
+def test_which_shapes_are_multiplied_here():
+    chosen = native_many.faster_than_vendor
+    assert chosen(1024, [576, 192, 192], 576, False) and chosen(1024, [1536, 1536], 576, True) and chosen(257, [8], 2048, False)
+    assert not chosen(256, [576], 576, False)  # too few rows
+    assert not chosen(1024, [576], 4096, False) and chosen(1024, [576], 2056, True)  # depth is K forward, N backward
+    assert not chosen(1024, [64, 4096], 64, True) and chosen(1024, [64, 4096], 64, False)
+    assert not chosen(1024, [2048], 2048, False)  # W comes from memory
+    assert chosen(1024, [], 64, False)
+
+
 @pytest.mark.parametrize("M", [256, 257, 300])
-def test_where_the_few_rows_end(M):
+def test_rows_may_be_strided_where_the_few_end(M):
     N, K = 40, 96
     x, bias, dy = torch.randn(2 * M, K).to(BF16)[::2], torch.randn(N).to(BF16), torch.randn(N, M).to(BF16).t()
     *tensors, block_size, kind = base_of(torch.randn(N, K).to(BF16), "nf4", 32, True)[0]

@@ -56,24 +56,31 @@ static inline void pack_transposed(const factor *f, int64_t row, uint16_t *out) 
         }
 }
 
-/* The right factor is f itself: rows [row, row + 32) become one step of the panels of columns [column, column + count).
- * `panel_stride` bf16 lie between a panel and the next. The next step's rows are fetched meanwhile. */
-static inline void pack_step(const factor *f, int64_t row, int64_t column, int64_t count, uint16_t *out, int64_t panel_stride) {
+/* Two rows side by side as rows of two right tiles. */
+static inline void interleave(__m512i even, __m512i odd, uint16_t *out) {
     const __m512i low = _mm512_set_epi32(0x2f000f, 0x2e000e, 0x2d000d, 0x2c000c, 0x2b000b, 0x2a000a, 0x290009, 0x280008,  //
                                          0x270007, 0x260006, 0x250005, 0x240004, 0x230003, 0x220002, 0x210001, 0x200000);
     const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+    _mm512_store_si512(out, _mm512_permutex2var_epi16(even, low, odd));
+    _mm512_store_si512(out + TILE, _mm512_permutex2var_epi16(even, high, odd));
+}
+
+/* The right factor is f itself: rows [row, row + 32) become one step of the panels of columns [column, column + count).
+ * `panel_stride` bf16 lie between a panel and the next. The next step's rows are fetched meanwhile. */
+static inline void pack_step(const factor *f, int64_t row, int64_t column, int64_t count, uint16_t *out, int64_t panel_stride) {
     const int64_t rows = f->rows - row;
     for (int64_t r = 0; r < BLOCK; r += 2, out += 32) {
         const uint16_t *even = f->values + (row + r) * f->stride + column, *odd = even + f->stride;
         uint16_t *to = out;
-        for (int64_t k = 0; k < count; k += 32, to += panel_stride) {
-            const __mmask32 kept = first_words(count - k);
+        int64_t k = 0;
+        for (; k + 32 <= count && r + 1 < rows; k += 32, to += panel_stride) {
             _mm_prefetch((const char *)(even + BLOCK * f->stride + k), _MM_HINT_T1);
             _mm_prefetch((const char *)(odd + BLOCK * f->stride + k), _MM_HINT_T1);
-            __m512i a = _mm512_maskz_loadu_epi16(r < rows ? kept : 0, even + k);
-            __m512i b = _mm512_maskz_loadu_epi16(r + 1 < rows ? kept : 0, odd + k);
-            _mm512_store_si512(to, _mm512_permutex2var_epi16(a, low, b));
-            _mm512_store_si512(to + TILE, _mm512_permutex2var_epi16(a, high, b));
+            interleave(_mm512_loadu_si512(even + k), _mm512_loadu_si512(odd + k), to);
+        }
+        for (; k < count; k += 32, to += panel_stride) {
+            const __mmask32 kept = first_words(count - k);
+            interleave(_mm512_maskz_loadu_epi16(r < rows ? kept : 0, even + k), _mm512_maskz_loadu_epi16(r + 1 < rows ? kept : 0, odd + k), to);
         }
     }
 }

@@ -76,7 +76,7 @@ static void blocks_of_dys(const many_rows_job *j, int64_t b, uint16_t *room, lef
     }
 }
 
-/* What the adapter's gradients need of a thread's rows: s, and V if it was not found on the way to dX. */
+/* What the adapter's gradients need of the rows: s, and V if it was not found on the way to dX. */
 static void down_task(void *context, int64_t thread, int64_t threads) {
     many_rows_job *j = context;
     const many_rows_args *a = j->args;
@@ -88,7 +88,7 @@ static void down_task(void *context, int64_t thread, int64_t threads) {
     }
     const factor x = {.values = a->dropped, .stride = a->K, .rows = a->M, .columns = a->K};
     configure_tiles(16, 16);
-    for (int64_t b = part_start(j->m_steps, 1, thread, threads); b < part_start(j->m_steps, 1, thread + 1, threads); b++) {
+    for (int64_t b; (b = take_unit(j)) < j->m_steps; (void)thread, (void)threads) {
         left_steps left[MAX_LAYERS];
         if (!j->panels) {
             blocks_of_dys(j, b, room, left);
@@ -139,7 +139,21 @@ static void write_gradient(const many_rows_job *j, int64_t i, int64_t step, cons
     }
 }
 
-/* dA = V^T x' and dB = dY^T s: a thread takes panels of x's and of the dYs' columns. */
+/* The unit's panels: `count` of layer i's dY from `panel` on, or of x (i = -1). Returns 0 past the last unit. */
+static int panels_of_unit(const many_rows_job *j, int64_t unit, int64_t *i, int64_t *panel, int64_t *count) {
+    for (*i = -1; *i < j->args->layers; ++*i) {
+        const int64_t panels = *i < 0 ? j->k_steps : j->first_panel[*i + 1] - j->first_panel[*i], units = ceil_div(panels, PANELS_AT_A_TIME);
+        if (unit < units) {
+            *panel = unit * PANELS_AT_A_TIME;
+            *count = at_most(panels - *panel, PANELS_AT_A_TIME);
+            return 1;
+        }
+        unit -= units;
+    }
+    return 0;
+}
+
+/* dA = V^T x' and dB = dY^T s, some columns of x' or of a dY a unit. */
 static void adapter_task(void *context, int64_t thread, int64_t threads) {
     many_rows_job *j = context;
     const many_rows_args *a = j->args;
@@ -151,22 +165,20 @@ static void adapter_task(void *context, int64_t thread, int64_t threads) {
     }
     float *sums = (float *)(right + room);
     const factor x = {.values = a->dropped, .stride = a->K, .rows = a->M, .columns = a->K};
-    const int64_t stop = part_start(j->k_steps + j->n_steps, 1, thread + 1, threads);
     memset(sums, 0, PANELS_AT_A_TIME * E * SUMS * sizeof(float)); /* what no rows add up to */
     configure_tiles(16, 16);
-    for (int64_t panel = part_start(j->k_steps + j->n_steps, 1, thread, threads), panels; panel < stop; panel += panels) {
-        const int of_x = panel < j->k_steps;
-        const int64_t own = of_x ? 0 : layer_of_panel(j, panel - j->k_steps), end = of_x ? j->k_steps : j->k_steps + j->first_panel[own + 1];
-        const int64_t at = (of_x ? panel : panel - j->k_steps - j->first_panel[own]) * BLOCK;
-        const int64_t step = of_x ? 0 : j->rank_step[own], steps = of_x ? E : j->rank_steps[own];
-        panels = at_most(at_most(end, stop) - panel, PANELS_AT_A_TIME);
+    for (int64_t own, panel, panels; panels_of_unit(j, take_unit(j), &own, &panel, &panels); (void)thread, (void)threads) {
+        const int of_x = own < 0;
         if (of_x ? !j->need_A : !j->need_B) continue;
         const factor f = of_x ? x : rows_of_dy(j, own);
-        sum_columns(j, of_x ? j->turned_V : j->turned_s, step, steps, &f, at, panels, right, sums);
-        for (int64_t p = 0; p < panels; p++)
-            for (int64_t i = own; i < (of_x ? a->layers : own + 1); i++)
+        const int64_t step = of_x ? 0 : j->rank_step[own], steps = of_x ? E : j->rank_steps[own];
+        sum_columns(j, of_x ? j->turned_V : j->turned_s, step, steps, &f, panel * BLOCK, panels, right, sums);
+        for (int64_t p = 0; p < panels; p++) {
+            const int64_t at = (panel + p) * BLOCK, count = at_most(f.columns - at, BLOCK);
+            for (int64_t i = of_x ? 0 : own; i < (of_x ? a->layers : own + 1); i++)
                 if (of_x ? a->layer[i].dA != NULL : a->layer[i].dB != NULL)
-                    write_gradient(j, i, step, sums + p * steps * SUMS, at + p * BLOCK, at_most(f.columns - at - p * BLOCK, BLOCK), of_x);
+                    write_gradient(j, i, step, sums + p * steps * SUMS, at, count, of_x);
+        }
     }
     _tile_release();
 }

@@ -9,8 +9,8 @@
  * what is one of W's rows to the low rank is one more step of the same sum, and y is written once.
  *
  * Flops: 2 M K N; the low rank adds 2 M R (K + N) forward and 4 M R (K + N) + 2 M R (K + N) backward, R being r rounded up to a tile's
- * 16 or a step's 32. Bytes: W once, x (dY) once a pass, y (dX) once. Every sum is one thread's, in the same order for any number of
- * threads. */
+ * 16 or a step's 32. Bytes: W once, x (dY) once a pass, y (dX) once. Every sum is one thread's, in an order that does not
+ * depend on which thread it is. */
 #include "many_rows.h"
 
 #if defined(__x86_64__) && defined(__linux__)
@@ -34,7 +34,7 @@ static place place_of(const many_rows_job *j, int64_t p, int64_t m, const uint16
     return (place){l->y + m * l->N + n, l->N, rows, l->N - n};
 }
 
-/* A thread's rows through the panels of this pass. */
+/* Blocks of rows through the panels of this pass. */
 static void product_task(void *context, int64_t thread, int64_t threads) {
     many_rows_job *j = context;
     const many_rows_args *a = j->args;
@@ -47,7 +47,7 @@ static void product_task(void *context, int64_t thread, int64_t threads) {
     }
     left_steps left[MAX_LAYERS];
     configure_tiles(16, 16);
-    for (int64_t b = part_start(j->m_steps, 1, thread, threads); b < part_start(j->m_steps, 1, thread + 1, threads); b++) {
+    for (int64_t b; (b = take_unit(j)) < j->m_steps; (void)thread, (void)threads) {
         const int64_t lefts = !j->base_steps ? 0 : j->backward ? a->layers : 1;
         if (j->backward) {
             blocks_of_dys(j, b, room, left);
@@ -77,8 +77,8 @@ static void product_task(void *context, int64_t thread, int64_t threads) {
 static void multiply_all(many_rows_job *j) {
     for (int64_t count = j->last; j->first < j->panels && !j->failed; j->first += count) {
         j->last = at_most(j->first + count, j->panels);
-        run_parallel(pack_task, j, j->args->threads);
-        run_parallel(product_task, j, j->args->threads);
+        run_units(j, pack_task);
+        run_units(j, product_task);
     }
 }
 
@@ -99,10 +99,10 @@ int many_rows_backward(const many_rows_args *a) {
     many_rows_job j;
     set_up(&j, a, 1);
     fill_scale(&j);
-    if (j.all_rank_steps) run_parallel(pack_down_task, &j, a->threads);
+    if (j.all_rank_steps) run_units(&j, pack_down_task);
     multiply_all(&j);
-    if (j.all_rank_steps && (j.need_B || !j.panels)) run_parallel(down_task, &j, a->threads);
-    if (!j.failed && (j.need_A || j.need_B)) run_parallel(adapter_task, &j, a->threads);
+    if (j.all_rank_steps && (j.need_B || !j.panels)) run_units(&j, down_task);
+    if (!j.failed && (j.need_A || j.need_B)) run_units(&j, adapter_task);
     return -j.failed;
 }
 END_TARGET

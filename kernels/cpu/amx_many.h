@@ -7,7 +7,7 @@
 #include "many_rows.h"
 
 /* Right factors are packed as many panels at a time as leave the second-level cache some room for the left one. */
-enum { RIGHT_BYTES = 5 << 18 };
+enum { RIGHT_BYTES = 3 << 18 };
 
 typedef struct {
     const many_rows_args *args;
@@ -26,8 +26,16 @@ typedef struct {
     int64_t panels, base_steps, panel_steps; /* of a panel: the base's steps, and with them the low rank's */
     int64_t first, last;
     uint16_t *right;
+    int64_t next; /* unit of the running task's work */
     int failed;
 } many_rows_job;
+
+/* A core may be much slower than its neighbour, whose other thread another machine uses: each takes work as it gets done. */
+static int64_t take_unit(many_rows_job *j) { return __atomic_fetch_add(&j->next, 1, __ATOMIC_RELAXED); }
+static void run_units(many_rows_job *j, task function) {
+    j->next = 0;
+    run_parallel(function, j, j->args->threads);
+}
 
 static int64_t steps_of(int64_t n) { return ceil_div(n, BLOCK); }
 static int has_base(const many_rows_layer *l) { return l->dense || l->packed; }
@@ -125,11 +133,15 @@ static factor rows_of_base(const many_rows_job *j, int64_t i, int64_t n, int64_t
 static factor rows_of_A(const many_rows_job *j, int64_t panel, int64_t k, int64_t count, uint16_t *out) {
     const many_rows_args *a = j->args;
     memset(out, 0, BLOCK * PIECE * sizeof *out);
-    for (int64_t i = 0; i < a->layers; i++)
-        for (int64_t r = 0; r < a->layer[i].r; r++) {
-            const int64_t at = j->first_rank[i] + r - panel * BLOCK;
-            if (at >= 0 && at < BLOCK) memcpy(out + at * PIECE, a->layer[i].A + r * a->K + k, count * sizeof *out);
+    for (int64_t i = 0; i < a->layers; i++) {
+        const many_rows_layer *l = &a->layer[i];
+        for (int64_t r = 0; r < l->r; r++) {
+            const int64_t at = j->first_rank[i] + r - panel * BLOCK, from = r * a->K + k;
+            if (at < 0 || at >= BLOCK) continue;
+            if (l->factors == FLOAT32) isa_avx512.narrow((const float *)l->A + from, BFLOAT16, count, out + at * PIECE);
+            else memcpy(out + at * PIECE, (const uint16_t *)l->A + from, count * sizeof *out);
         }
+    }
     return (factor){.values = out, .stride = PIECE, .rows = BLOCK, .columns = count};
 }
 
@@ -140,7 +152,9 @@ static factor rows_of_B(const many_rows_job *j, int64_t i, int64_t n, int64_t pa
     for (int64_t row = 0; row < BLOCK && n + row < l->N; row++)
         for (int64_t r = 0; r < l->r; r++) {
             int64_t at = j->first_rank[i] + r - panel * BLOCK;
-            if (at >= 0 && at < BLOCK) out[row * BLOCK + at] = l->B[(n + row) * l->r + r];
+            const int64_t from = (n + row) * l->r + r;
+            if (at < 0 || at >= BLOCK) continue;
+            out[row * BLOCK + at] = l->factors == FLOAT32 ? float_to_bf16(((const float *)l->B)[from]) : ((const uint16_t *)l->B)[from];
         }
     return (factor){.values = out, .stride = BLOCK, .rows = BLOCK, .columns = BLOCK};
 }
@@ -180,34 +194,34 @@ static void pack_step_of_dx(const many_rows_job *j, int64_t s, uint16_t *room) {
     }
 }
 
-/* All threads pack: each takes a run of panels or of steps. */
+/* Units: in y's first pass the right factor of s, then panels of y, or steps of dX. */
 static void pack_task(void *context, int64_t thread, int64_t threads) {
     many_rows_job *j = context;
     uint16_t room[BLOCK * PIECE] __attribute__((aligned(64)));
-    if (j->first == 0 && !j->backward)
-        for (int64_t e = thread; e < j->all_rank_steps; e += threads) pack_down_s(j, e, room);
-    if (j->backward)
-        for (int64_t s = part_start(j->panel_steps, 1, thread, threads); s < part_start(j->panel_steps, 1, thread + 1, threads); s++)
-            pack_step_of_dx(j, s, room);
-    else {
-        const int64_t count = j->last - j->first, stop = part_start(count, 1, thread + 1, threads);
-        for (int64_t p = part_start(count, 1, thread, threads); p < stop; p++) pack_panel_of_y(j, j->first + p, room);
-    }
+    const int64_t down = j->first == 0 && !j->backward ? j->all_rank_steps : 0;
+    const int64_t units = down + (j->backward ? j->panel_steps : j->last - j->first);
+    for (int64_t unit; (unit = take_unit(j)) < units; (void)thread, (void)threads)
+        if (unit < down) pack_down_s(j, unit, room);
+        else if (j->backward) pack_step_of_dx(j, unit, room);
+        else pack_panel_of_y(j, j->first + unit - down, room);
 }
 
-/* The right factors of V = dY B and, where dB is needed, of s. */
+/* The right factors of V = dY B, a step a unit, and, where dB is needed, of s. */
 static void pack_down_task(void *context, int64_t thread, int64_t threads) {
     many_rows_job *j = context;
     uint16_t room[BLOCK * PIECE] __attribute__((aligned(64)));
-    const int64_t stop = part_start(j->n_steps, 1, thread + 1, threads);
-    for (int64_t p = part_start(j->n_steps, 1, thread, threads); p < stop; p++) {
-        const int64_t i = layer_of_panel(j, p), n = (p - j->first_panel[i]) * BLOCK;
+    const int64_t down = j->need_B ? j->all_rank_steps : 0;
+    for (int64_t unit; (unit = take_unit(j)) < down + j->n_steps; (void)thread, (void)threads) {
+        if (unit < down) {
+            pack_down_s(j, unit, room);
+            continue;
+        }
+        const int64_t p = unit - down, i = layer_of_panel(j, p), n = (p - j->first_panel[i]) * BLOCK;
         for (int64_t e = 0; e < j->all_rank_steps; e++) {
             const factor B = rows_of_B(j, i, n, e, room);
             pack_step(&B, 0, 0, BLOCK, j->down_V + (e * j->n_steps + p) * STEP, 0);
         }
     }
-    for (int64_t e = thread; e < j->all_rank_steps && j->need_B; e += threads) pack_down_s(j, e, room);
 }
 
 #endif

@@ -12,7 +12,9 @@ typedef struct {
     const void *absmax;
     const float *nested_absmax, *nested_offset;
     int64_t nested_block_size, block_size, quant_type;
-    const uint16_t *bias, *A, *B;
+    const uint16_t *bias;
+    const void *A, *B;
+    int64_t factors; /* A's and B's dtype: BFLOAT16, or FLOAT32, of which they are rounded */
     uint16_t *y;    /* (M, N); dY backward */
     float *dA, *dB; /* (r, K), (N, r); NULL where not needed */
     int64_t N, r;

@@ -38,7 +38,7 @@ def linear_4bit(x, packed, absmax, nested_absmax, nested_offset, nested_block_si
     M = x.shape[0]
     if M > (_FUSED_ROWS_AMX if _amx_takes(x.dtype, K, block_size) else _FUSED_ROWS):
         tensors = (packed, absmax, nested_absmax, nested_offset, nested_block_size)
-        if native_many.takes_product(x, K):
+        if native_many.takes_product(x, [N], K, False):
             x, y = x.contiguous(), x.new_empty(M, N)
             native_many.forward(x, x, [native_many.Layer((*tensors, block_size, quant_type), bias)], [y], True)
             return y
@@ -61,7 +61,7 @@ def linear_4bit_dx(dy, packed, absmax, nested_absmax, nested_offset, nested_bloc
     M = dy.shape[0]
     if M > (_FUSED_ROWS_AMX if _amx_takes(dy.dtype, K, block_size) else _FUSED_ROWS):
         tensors = (packed, absmax, nested_absmax, nested_offset, nested_block_size)
-        if native_many.takes_product(dy, N):
+        if native_many.takes_product(dy, [N], K, True):
             dx = dy.new_empty(M, K)
             layer = native_many.Layer((*tensors, block_size, quant_type))
             native_many.backward([dy.contiguous()], dx, [layer], dx, None, [None], [None], True)

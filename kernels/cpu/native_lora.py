@@ -46,7 +46,7 @@ def _add_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float) ->
 def _forward(x: Tensor, bases: list[tuple], As, Bs, scalings, biases, dropout: float, seed: int, Ns) -> list[Tensor]:
     x, K = x.contiguous(), x.shape[1]
     layers = [Layer(*layer) for layer in zip(bases, biases, As, Bs, scalings, strict=True)]
-    with_base = native_many.takes_product(x, K)
+    with_base = native_many.takes_product(x, Ns, K, False)
     if with_base:
         ys = [x.new_empty(x.shape[0], N) for N in Ns]
     else:
@@ -66,7 +66,7 @@ def _backward(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     x, dys = x.contiguous(), [dy.contiguous() for dy in dys]
     layers = [Layer(base, None, *rest) for base, *rest in zip(bases, As, Bs, scalings, strict=True)]
-    with_base = native_many.takes_product(x, sum(dy.shape[1] for dy in dys))
+    with_base = native_many.takes_product(x, [dy.shape[1] for dy in dys], x.shape[1], True)
     dx = None
     if need_x:
         dx = torch.empty_like(x) if with_base else pytorch_lora.base_dx(native_linear, dys, bases, x.shape[1])
