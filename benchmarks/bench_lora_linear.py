@@ -23,9 +23,9 @@ from posttrain.kernels import cpu
 sys.path.append(str(Path(__file__).parent))  # PYTHONSAFEPATH leaves it out
 import _bench
 
-N = K = 4096
-ROWS = (1, 16, 1024)
-RANKS = (16, 64)
+# N, K, rank and rows: a large layer, and SmolLM2-135M's in training
+CASES = [(4096, 4096, r, (1, 16, 1024)) for r in (16, 64)]
+CASES += [(N, K, r, (1024,)) for N, K in ((576, 576), (1536, 576), (576, 1536)) for r in (8, 64)]
 HALF = torch.bfloat16
 
 
@@ -36,6 +36,7 @@ def peft_layer(dense: torch.Tensor, A: torch.Tensor, B: torch.Tensor, four_bit: 
         return None
     import peft
 
+    N, K = dense.shape
     if four_bit:
         import bitsandbytes as bnb
 
@@ -71,10 +72,10 @@ def main() -> None:
     speed = _bench.bandwidth(options)
     print(f"measured read bandwidth {speed / 1e9:.1f} GB/s on {options.threads} thread(s)")
     torch.manual_seed(0)
-    dense = torch.randn(N, K, dtype=HALF) / K**0.5
-    packed = kernels.quantize_weight(dense)
     rows = []
-    for r in RANKS:
+    for N, K, r, all_rows in CASES:
+        dense = torch.randn(N, K, dtype=HALF) / K**0.5
+        packed = kernels.quantize_weight(dense)
         A, B = (torch.randn(s) / s[1] ** 0.5 for s in ((r, K), (N, r)))
         for kind, w in (("dense", dense), ("nf4", packed)):
             peer = peft_layer(dense, A, B, kind == "nf4")
@@ -88,7 +89,7 @@ def main() -> None:
             def base(x, w=w):
                 return F.linear(x, w) if isinstance(w, torch.Tensor) else kernels.quantized_linear(x, w)
 
-            for M in ROWS:
+            for M in all_rows:
                 x, dy = torch.randn(M, K, dtype=HALF), torch.randn(M, N, dtype=HALF)
                 exact = x.double() @ (exact_w + 2.0 * B.double() @ A.double()).t()
                 agree({"posttrain": ours(x), **({} if peer is None else {"peft": peer(x)})}, exact)
@@ -99,7 +100,7 @@ def main() -> None:
                         {"posttrain": lambda x=x: ours(x), "our base": lambda x=x: base(x), "peft": peer and (lambda x=x: peer(x))},
                         options,
                     )
-                rows.append(_bench.row(f"forward {kind} M={M} r={r}", times, moved, speed))
+                rows.append(_bench.row(f"forward {kind} N={N} K={K} M={M} r={r}", times, moved, speed))
                 x.requires_grad_()
                 times = _bench.in_turn(
                     {
@@ -109,7 +110,7 @@ def main() -> None:
                     },
                     options,
                 )
-                rows.append(_bench.row(f"forward + backward {kind} M={M} r={r}", times, 2 * moved, speed))
+                rows.append(_bench.row(f"forward + backward {kind} N={N} K={K} M={M} r={r}", times, 2 * moved, speed))
     for title in ("our base", "peft"):
         spread = [row["ratios"][title] for row in rows if row["ratios"][title]]
         if spread:

@@ -39,6 +39,7 @@ _BASE = "Tensor weight, Tensor? absmax, Tensor? nested_absmax, Tensor? nested_of
 _FORMAT = "SymInt V, SymInt H, int block_size, str quant_type"
 _LEAST_ROWS = 256  # above what keeps the products from waiting for W, see above
 _SCRATCH = 2**24  # logits
+_ROWS = 32  # of which a chunk's rows are a multiple
 
 
 def chunk_rows(V: int) -> int:
@@ -61,14 +62,23 @@ def _times_weight(dz: Tensor, base: tuple) -> Tensor:
     return torch.ops.posttrain.quantized_linear_dx(dz, weight, absmax, nested, offset, nested_block_size, *format)
 
 
-def _chunks(hidden: Tensor, base: tuple, labels: Tensor, bias: Tensor | None):
-    """(slice, logits (rows, V)) one chunk after another, in one scratch."""
+def _chunks(hidden: Tensor, base: tuple, bias: Tensor | None):
+    """(slice, logits (rows, V)) one chunk after another, in one scratch.
+
+    Rows of zeros fill the last one up to a multiple of 32, and their logits come behind the others: on a CPU oneDNN keeps two MB
+    for every number of rows that it has ever multiplied, and in training that number is another one in every step. Up to 32 rows
+    stay as many as they are.
+    """
     N, V = len(hidden), base[5]
-    step = min(chunk_rows(V), max(N, 1))
+    fill = -N % _ROWS if N > _ROWS else 0
+    step = min(chunk_rows(V), N + fill)
     scratch = hidden.new_empty(step, V) if base[8] == "none" else hidden.new_empty(0, V)
-    for start in range(0, N, step):
+    for start in range(0, N, max(step, 1)):
         part = slice(start, min(start + step, N))
-        yield part, _logits(hidden[part], base, bias, scratch[: part.stop - start])
+        rows = hidden[part]
+        if part.stop == N and fill:
+            rows = torch.nn.functional.pad(rows, (0, 0, 0, fill))
+        yield part, _logits(rows, base, bias, scratch[: len(rows)])
 
 
 def _forward(hidden, weight, absmax, nested, offset, nested_block_size, labels, bias, ignore_index, direction, measure, *format):
@@ -76,10 +86,11 @@ def _forward(hidden, weight, absmax, nested, offset, nested_block_size, labels, 
     logprobs, entropy, saved = _fake(
         hidden, weight, absmax, nested, offset, nested_block_size, labels, bias, ignore_index, direction, measure
     )
-    for part, logits in _chunks(hidden, base, labels, bias):
-        logprobs[part], entropy[part] = torch.ops.posttrain.logit_rows(logits, labels[part], ignore_index, direction, measure)
+    for part, logits in _chunks(hidden, base, bias):
+        n = part.stop - part.start
+        logprobs[part], entropy[part] = torch.ops.posttrain.logit_rows(logits[:n], labels[part], ignore_index, direction, measure)
         if direction:
-            saved[part] = _times_weight(logits, base)
+            saved[part] = _times_weight(logits, base)[:n]
     return logprobs, entropy, saved
 
 
@@ -89,10 +100,12 @@ def _backward_of_head(
     """(dhidden, dweight, dbias) where the head trains; dweight and dbias are summed in float32."""
     base = (weight, absmax, nested, offset, nested_block_size, *format)
     dhidden, dweight, dbias = torch.empty_like(hidden), *_head_gradients(hidden, format[0], need_weight, need_bias)
-    for part, logits in _chunks(hidden, base, labels, bias):
-        torch.ops.posttrain.logit_rows(logits, labels[part], ignore_index, True, False)
-        dz = logits.mul_(gradient[part, None].to(logits.dtype))
-        dhidden[part] = _times_weight(dz, base)
+    for part, logits in _chunks(hidden, base, bias):
+        n = part.stop - part.start
+        dz = logits[:n]
+        torch.ops.posttrain.logit_rows(dz, labels[part], ignore_index, True, False)
+        dz.mul_(gradient[part, None].to(logits.dtype))
+        dhidden[part] = _times_weight(logits, base)[:n]
         if need_weight:
             dweight += dz.t() @ hidden[part]
         if need_bias:

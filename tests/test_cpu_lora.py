@@ -13,6 +13,7 @@ from posttrain.kernels.cpu import pytorch_lora
 
 native = pytest.importorskip("posttrain.kernels.cpu.native", reason="the native extension was not built")
 native_lora = pytest.importorskip("posttrain.kernels.cpu.native_lora")
+native_many = pytest.importorskip("posttrain.kernels.cpu.native_many")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # (M, N, K, r): few rows; then, for the tiles of AMX, tails of 16 and 32 in every dimension, ranks around a tile and a step of 32,
 # depths beyond one pass (K, N > 24 * 32), more rows than one thread packs at a time
@@ -76,9 +77,21 @@ class Case:
             errors.add(which, *results)
 
 
+@pytest.fixture
+def our_base(request, monkeypatch):
+    """Few shapes here have the rows at which the base product is ours too: with `request.param` all that have many."""
+    if request.param:
+        monkeypatch.setattr(native_many, "_PRODUCT_ROWS", 0)
+
+
 @pytest.mark.parametrize("kind", ["none", "nf4", "fp4"])
-@pytest.mark.parametrize("shapes", [FEW, MANY], ids=["few rows", "many rows"])
-def test_against_float64(shapes, kind):
+@pytest.mark.parametrize(
+    "shapes, our_base",
+    [(FEW, False), (MANY, False), (MANY, True)],
+    ids=["few rows", "many rows", "our base"],
+    indirect=["our_base"],
+)
+def test_against_float64(shapes, our_base, kind):
     for dropout in (0.0, 0.3):
         errors = Errors()
         for shape in shapes:
@@ -95,9 +108,10 @@ def test_other_dtypes(dtype):
     errors.check()
 
 
-def test_any_shape():
+def test_any_shape(monkeypatch):
     errors, generator = Errors(), random.Random(0)
-    for _ in range(30):
+    for i in range(30):
+        monkeypatch.setattr(native_many, "_PRODUCT_ROWS", i % 2 * 256)
         M, N, K, r = (generator.randint(1, most) for most in (140, 130, 130, 70))
         Case(M, N, K, r, kind=generator.choice(["none", "nf4"]), dropout=generator.choice([0.0, 0.5])).add_to(errors)
     errors.check()
@@ -108,7 +122,8 @@ def test_no_rows():
     assert y.shape == (0, 5) and dx.shape == (0, 7) and not dA.any() and not dB.any()
 
 
-def test_only_what_is_needed():
+@pytest.mark.parametrize("our_base", [False, True], indirect=True)
+def test_only_what_is_needed(our_base):
     case = Case(70, 48, 64, 8)
     whole = case.backward(native_lora, True, True, True)
     for needs in ((True, False, False), (False, True, False), (False, False, True), (False, True, True), (True, True, False)):
@@ -130,8 +145,8 @@ def test_philox_is_the_published_one():
     assert pytorch_lora.philox_words(4, 0).tolist() == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
 
 
-@pytest.mark.parametrize("kind", ["none", "nf4"])
-def test_a_group_is_its_layers(kind):
+@pytest.mark.parametrize("kind, our_base", [("none", False), ("none", True), ("nf4", True)], indirect=["our_base"])
+def test_a_group_is_its_layers(kind, our_base):
     errors = Errors()
     # the ranks: in one step of 32, filling it, each layer beginning a step of its own, more layers than one product takes
     for ranks in ((8, 8, 8), (5, 16, 11), (8, 40, 33), (4, 4, 4, 4, 4)):
@@ -154,7 +169,8 @@ def test_a_group_is_its_layers(kind):
     errors.check()
 
 
-def test_strided_operands():
+@pytest.mark.parametrize("our_base", [False, True], indirect=True)
+def test_strided_operands(our_base):
     case = Case(80, 48, 64, 8, kind="nf4")
     expected = (case.forward(native_lora), *case.backward(native_lora, True, True, True))
     for name in ("x", "dy", "A", "B"):
@@ -166,18 +182,19 @@ def test_strided_operands():
 
 def test_results_do_not_depend_on_the_number_of_threads():
     before = torch.get_num_threads()
-    for shape in ((1, 33, 64, 8), (600, 513, 640, 8), (70, 96, 64, 40)):
+    for shape in ((1, 33, 64, 8), (600, 513, 640, 8), (270, 65, 96, 8), (70, 96, 64, 40)):
         case, results = Case(*shape, kind="nf4", dropout=0.1), []
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            results.append((case.forward(native_lora), *case.backward(native_lora, False, True, True)))
+            results.append((case.forward(native_lora), *case.backward(native_lora, True, True, True)))
         torch.set_num_threads(before)
         for other in results[1:]:
             for a, b in zip(results[0], other, strict=True):
                 assert torch.equal(a, b)
 
 
-def test_what_is_poisoned_stays_in_its_row():
+@pytest.mark.parametrize("our_base", [False, True], indirect=True)
+def test_what_is_poisoned_stays_in_its_row(our_base):
     """Padding is of zeros: a NaN beside it or in another row must not come in through them."""
     case = Case(70, 40, 33, 3)
     case.x[5, 32] = float("nan")

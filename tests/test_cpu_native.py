@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from posttrain.kernels.cpu import pytorch
 
 native = pytest.importorskip("posttrain.kernels.cpu.native", reason="the native extension was not built")
+native_linear = pytest.importorskip("posttrain.kernels.cpu.native_linear")
 LEVELS = native.levels()
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -174,9 +175,9 @@ def test_linear_and_dx_against_float64(isa, block_size, quant_type, nested, dtyp
         exact = w.double()
         for M in (1, 2, 17, 33, 65):
             x, bias, dy = torch.randn(M, K).to(dtype), torch.randn(N).to(dtype), torch.randn(M, N).to(dtype)
-            y = native.linear_4bit(x, *tensors, bias, *rest)
+            y = native_linear.linear_4bit(x, *tensors, bias, *rest)
             forward.add(y, F.linear(x, w, bias), F.linear(x.double(), exact, bias.double()))
-            backward.add(native.linear_4bit_dx(dy, *tensors, *rest), dy @ w, dy.double() @ exact)
+            backward.add(native_linear.linear_4bit_dx(dy, *tensors, *rest), dy @ w, dy.double() @ exact)
     forward.check()
     backward.check()
 
@@ -188,7 +189,7 @@ def test_a_row_longer_than_what_is_decoded_of_absmax_at_a_time(isa, block_size):
     x = torch.randn(2, K)
     w = pytorch.dequantize_4bit(*tensors, (N, K), x.dtype, block_size, "nf4")
     errors = Errors()
-    errors.add(native.linear_4bit(x, *tensors, None, N, K, block_size, "nf4"), F.linear(x, w), x.double() @ w.double().t())
+    errors.add(native_linear.linear_4bit(x, *tensors, None, N, K, block_size, "nf4"), F.linear(x, w), x.double() @ w.double().t())
     errors.check()
 
 
@@ -198,10 +199,10 @@ def test_a_poisoned_weight_poisons_only_its_outputs(isa, M):
     w[7, 100], w[9, 3] = float("nan"), float("inf")
     tensors = (*pytorch.quantize_4bit(w, 64, "nf4"), None, None, 256)
     for dtype in DTYPES:
-        y = native.linear_4bit(torch.ones(M, 256, dtype=dtype), *tensors, None, 40, 256, 64, "nf4")
+        y = native_linear.linear_4bit(torch.ones(M, 256, dtype=dtype), *tensors, None, 40, 256, 64, "nf4")
         assert y.shape == (M, 40)
         assert y[:, [7, 9]].isnan().all() and y[:, [0, 6, 8, 10, 39]].isfinite().all()
-        dx = native.linear_4bit_dx(torch.ones(M, 40, dtype=dtype), *tensors, 40, 256, 64, "nf4")
+        dx = native_linear.linear_4bit_dx(torch.ones(M, 40, dtype=dtype), *tensors, 40, 256, 64, "nf4")
         assert dx[:, 64:128].isnan().all() and dx[:, 128:].isfinite().all()
 
 
@@ -213,7 +214,7 @@ def test_strided_inputs(isa):
     tensors = weight(64, 128)
     wide = torch.randn(128, 6, dtype=torch.bfloat16).t()
     rest = (*tensors, None, 64, 128, 64, "nf4")
-    assert torch.equal(native.linear_4bit(wide, *rest), native.linear_4bit(wide.contiguous(), *rest))
+    assert torch.equal(native_linear.linear_4bit(wide, *rest), native_linear.linear_4bit(wide.contiguous(), *rest))
 
 
 def test_results_do_not_depend_on_the_number_of_threads(isa):
@@ -222,8 +223,8 @@ def test_results_do_not_depend_on_the_number_of_threads(isa):
     results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        dx = native.linear_4bit_dx(torch.ones(3, 513, dtype=torch.bfloat16), *tensors, 513, 640, 64, "nf4")
-        results.append((native.linear_4bit(x, *tensors, None, 513, 640, 64, "nf4"), dx))
+        dx = native_linear.linear_4bit_dx(torch.ones(3, 513, dtype=torch.bfloat16), *tensors, 513, 640, 64, "nf4")
+        results.append((native_linear.linear_4bit(x, *tensors, None, 513, 640, 64, "nf4"), dx))
     torch.set_num_threads(before)
     for y, dx in results[1:]:
         assert torch.equal(y, results[0][0]) and torch.equal(dx, results[0][1])

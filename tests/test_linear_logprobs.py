@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from tolerance import assert_as_accurate
@@ -114,6 +116,21 @@ def test_without_gradients_no_direction_is_computed():
         assert saved.shape == (hidden.shape if direction else (0,))
     with torch.no_grad():
         assert not linear_logprobs(hidden.requires_grad_(), weight, labels, bias).requires_grad
+
+
+@pytest.mark.parametrize(("N", "sizes"), [(1, [1]), (32, [32]), (33, [64]), (300, [128, 128, 64]), (256, [128, 128])])
+def test_few_different_numbers_of_rows_are_multiplied(N, sizes, monkeypatch):
+    """Each costs oneDNN memory for good; what fills a chunk shows in no result."""
+    module = sys.modules["posttrain.kernels.linear_logprobs"]
+    case = _case(N, 8, 50, torch.float64, True)
+    expected = _run(_plain, *case, trained=True)
+    seen: list[int] = []
+    logits_of = module._logits
+    monkeypatch.setattr(module, "chunk_rows", lambda V: 128)
+    monkeypatch.setattr(module, "_logits", lambda rows, *rest: seen.append(len(rows)) or logits_of(rows, *rest))
+    for ours, exact in zip(_run(linear_logprobs, *case, trained=True), expected, strict=True):
+        torch.testing.assert_close(ours, exact)
+    assert seen == 2 * sizes  # forward, and backward of a head that is trained
 
 
 def test_empty_and_all_ignored():

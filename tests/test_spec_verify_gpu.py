@@ -22,8 +22,9 @@ def _case(V: int, dtype: torch.dtype, setting, chosen: bool = False, narrow: int
     draft = (target[:, :K].float() + torch.randn(B, K, V, generator=generator)).to(dtype)[..., : V - narrow]
     drafted = draw(draft, setting[0] or 1.0, *setting[1:], generator)
     drafted[0, 1] = -1
-    if V > 2:
+    if V > 1:  # of a vocabulary of one it would leave nothing to draw, which is an error
         target[1, 1, drafted[1, 1]] = torch.nan
+    if V > 2:
         target[2, 0] = torch.nn.functional.one_hot(torch.tensor(V - 2), V).log()  # all the mass on one word
         drafted[2, 0] = V - 1
     num = torch.tensor([K, K, K, 0, 2])[:B]

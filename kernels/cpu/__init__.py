@@ -7,6 +7,7 @@ import torch
 
 if find_spec("._native", __package__) is not None:
     from . import native as engine
+    from . import native_linear as linear_engine
     from . import native_lora as lora_engine
     from .native import multi_lora_add
     from .native_logits import logit_rows
@@ -15,6 +16,7 @@ if find_spec("._native", __package__) is not None:
     from .native_swiglu import swiglu, swiglu_backward
 else:
     from . import pytorch as engine  # type: ignore[no-redef]
+    from . import pytorch as linear_engine  # type: ignore[no-redef]
     from . import pytorch_lora as lora_engine  # type: ignore[no-redef]
     from .pytorch_logit_filter import logit_filter
     from .pytorch_logits import logit_rows
@@ -27,9 +29,9 @@ quantize_4bit = engine.quantize_4bit
 dequantize_4bit = engine.dequantize_4bit
 double_quantize = engine.double_quantize
 double_dequantize = engine.double_dequantize
-dense_linear = engine.dense_linear
-linear_4bit = engine.linear_4bit
-linear_4bit_dx = engine.linear_4bit_dx
+dense_linear = linear_engine.dense_linear
+linear_4bit = linear_engine.linear_4bit
+linear_4bit_dx = linear_engine.linear_4bit_dx
 lora_linear = lora_engine.lora_linear
 lora_linear_backward = lora_engine.lora_linear_backward
 lora_linear_group = lora_engine.lora_linear_group

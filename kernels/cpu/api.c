@@ -55,12 +55,6 @@ const char *isa_level(int i) {
     return i < machine_levels(levels) ? levels[i].name : NULL;
 }
 
-static weight make_weight(const uint8_t *packed, const void *absmax, const float *nested_absmax, const float *nested_offset,
-                          int64_t nested_block_size, int64_t block_size, int quant_type) {
-    return (weight){packed, absmax, nested_absmax, nested_absmax ? *nested_offset : 0, nested_block_size, block_size,
-                    &codebooks[quant_type]};
-}
-
 typedef struct {
     const void *x;
     int dtype;

@@ -35,6 +35,11 @@ typedef struct {
     const codebook *book;
 } weight;
 
+static inline weight make_weight(const uint8_t *packed, const void *absmax, const float *nested_absmax, const float *nested_offset,
+                                 int64_t nested_block_size, int64_t block_size, int64_t quant_type) {
+    return (weight){packed, absmax, nested_absmax, nested_absmax ? *nested_offset : 0, nested_block_size, block_size,
+                    &codebooks[quant_type]};
+}
 struct sampled_row; /* sampled_row.h */
 struct leftover;
 struct race_noise;

@@ -13,7 +13,6 @@ import threading
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import codebooks
@@ -35,10 +34,6 @@ _SIGNATURES = {
 }
 # Below so many weights a second thread costs more than it saves.
 _SERIAL_WEIGHTS = 1 << 16
-# Up to so many rows the product is computed from the packed weight, tile by tile in the cache; beyond, the weight is dequantized
-# into memory that is used again, and torch's GEMM does the rest. AMX keeps up with torch's GEMM for longer.
-_FUSED_ROWS, _FUSED_ROWS_AMX = 64, 256
-_DENSE_ROWS = 32  # two tiles of x beside two of W
 # The memory for a dequantized weight is kept for the next one up to this size: fresh memory would cost more in page faults
 # than the dequantization itself.
 _KEPT_BYTES = 64 << 20
@@ -116,35 +111,18 @@ def _threads(weights: int) -> int:
     return 1 if weights < _SERIAL_WEIGHTS else torch.get_num_threads()
 
 
-def _amx_takes(dtype: torch.dtype, K: int, block_size: int) -> bool:
-    """Whether the library's AMX products take this shape (in_groups_of_128 in native.h)."""
-    return ISA == "amx" and dtype == torch.bfloat16 and K % block_size == 0 and block_size != 32
-
-
 def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
 def kept_memory(size: int) -> Tensor:
-    """`size` bytes or more of memory that this thread uses again: valid until its next call."""
+    """`size` bytes or more of memory that this thread uses again: valid until its next call. It begins at a whole line."""
     buffer = getattr(_local, "buffer", None)
     if buffer is None or buffer.numel() < size:
         buffer = torch.empty(size, dtype=torch.uint8)
         if size <= _KEPT_BYTES:
             _local.buffer = buffer
     return buffer
-
-
-def _dequantized(
-    tensors: tuple[Tensor, Tensor, Tensor | None, Tensor | None, int], shape: tuple[int, int], dtype: torch.dtype,
-    block_size: int, quant_type: str,
-) -> Tensor:  # fmt: skip
-    """The whole weight in `dtype`, in memory that this thread uses again for its next weight: valid until then."""
-    n = shape[0] * shape[1]
-    size = n * dtype.itemsize
-    out = kept_memory(size)[:size].view(dtype).view(shape)
-    _dequantize_into(out, *tensors, block_size, quant_type)
-    return out
 
 
 def quantize_4bit(x: Tensor, block_size: int, quant_type: str) -> tuple[Tensor, Tensor]:
@@ -201,56 +179,6 @@ def double_dequantize(codes: Tensor, absmax: Tensor, offset: Tensor, block_size:
         codes.data_ptr(), absmax.data_ptr(), offset.data_ptr(), block_size, codes.numel(), out.data_ptr(), _threads(codes.numel())
     )
     return out
-
-
-def linear_4bit(x, packed, absmax, nested_absmax, nested_offset, nested_block_size, bias, N, K, block_size, quant_type) -> Tensor:
-    """x (M, K) times the weight (N, K) transposed, plus bias (N,) or None, in x's dtype: (M, N)."""
-    M = x.shape[0]
-    if M > (_FUSED_ROWS_AMX if _amx_takes(x.dtype, K, block_size) else _FUSED_ROWS):
-        tensors = (packed, absmax, nested_absmax, nested_offset, nested_block_size)
-        w = _dequantized(tensors, (N, K), x.dtype, block_size, quant_type)
-        return F.linear(x, w, bias)
-    x = x.contiguous()
-    y = torch.empty(M, N, dtype=x.dtype)
-    _check(
-        _library.linear_4bit(
-            x.data_ptr(), _DTYPES[x.dtype], M, packed.data_ptr(), absmax.data_ptr(), _address(nested_absmax),
-            _address(nested_offset), nested_block_size, block_size, _QUANT_TYPES[quant_type], _address(bias), N, K,
-            y.data_ptr(), _threads(N * K),
-        )
-    )  # fmt: skip
-    return y
-
-
-def linear_4bit_dx(dy, packed, absmax, nested_absmax, nested_offset, nested_block_size, N, K, block_size, quant_type) -> Tensor:
-    """dy (M, N) times the weight (N, K), in dy's dtype: (M, K)."""
-    M = dy.shape[0]
-    if M > (_FUSED_ROWS_AMX if _amx_takes(dy.dtype, K, block_size) else _FUSED_ROWS):
-        tensors = (packed, absmax, nested_absmax, nested_offset, nested_block_size)
-        w = _dequantized(tensors, (N, K), dy.dtype, block_size, quant_type)
-        return dy @ w
-    dy = dy.contiguous()
-    dx = torch.empty(M, K, dtype=dy.dtype)
-    _check(
-        _library.linear_4bit_dx(
-            dy.data_ptr(), _DTYPES[dy.dtype], M, packed.data_ptr(), absmax.data_ptr(), _address(nested_absmax),
-            _address(nested_offset), nested_block_size, block_size, _QUANT_TYPES[quant_type], N, K, dx.data_ptr(),
-            _threads(N * K),
-        )
-    )  # fmt: skip
-    return dx
-
-
-def dense_linear(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-    """F.linear of x (M, K) and a dense w (N, K). Up to 32 rows of bfloat16 go through AMX where there is one: about as fast as W
-    can be read, and each row gets the same bits however many there are."""
-    (M, K), N = x.shape, w.shape[0]
-    if ISA != "amx" or x.dtype != torch.bfloat16 or not 1 <= M <= _DENSE_ROWS or N % 16 or K % 32 or not (N and K):
-        return F.linear(x, w, bias)
-    x, w = x.contiguous(), w.contiguous()
-    y = torch.empty(M, N, dtype=x.dtype)
-    _check(_library.dense_linear(x.data_ptr(), M, w.data_ptr(), _address(bias), N, K, y.data_ptr(), _threads(N * K)))
-    return y
 
 
 def multi_lora_add(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, ranks, adapter_ids: Tensor) -> None:

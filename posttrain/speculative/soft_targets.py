@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -24,6 +25,10 @@ from posttrain.kernels.linear_logprobs import chunk_rows
 class _SoftTargets(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor) -> Tensor:
+        rows = len(hidden)
+        # as in linear_logprobs: every number of rows that oneDNN has multiplied costs it memory for good
+        fill = (0, 0, 0, -rows % 32)
+        hidden, teacher_hidden = F.pad(hidden, fill), F.pad(teacher_hidden, fill)
         wide = torch.promote_types(hidden.dtype, torch.float32)
         kl = hidden.new_empty(len(hidden), dtype=wide)
         direction = torch.empty_like(hidden)
@@ -36,8 +41,8 @@ class _SoftTargets(torch.autograd.Function):
             # a probability of 0 adds nothing, whatever its logarithm (-inf times 0 would be NaN)
             kl[part] = (p * (log_p - log_q).masked_fill_(p == 0, 0.0)).sum(-1)
             direction[part] = log_q.exp_().sub_(p).to(weight.dtype) @ weight
-        ctx.save_for_backward(direction)
-        return kl
+        ctx.save_for_backward(direction[:rows])
+        return kl[:rows]
 
     @staticmethod
     @once_differentiable
