@@ -102,9 +102,9 @@ def test_which_shapes_are_multiplied_here():
 @pytest.mark.parametrize("M", [256, 257, 300])
 def test_rows_may_be_strided_where_the_few_end(M):
     N, K = 40, 96
-    x, bias, dy = torch.randn(2 * M, K).to(BF16)[::2], torch.randn(N).to(BF16), torch.randn(N, M).to(BF16).t()
+    x, bias, dy = torch.randn(2 * M, K).to(BF16)[::2], torch.randn(2 * N).to(BF16)[::2], torch.randn(N, M).to(BF16).t()
     *tensors, block_size, kind = base_of(torch.randn(N, K).to(BF16), "nf4", 32, True)[0]
     y = native_linear.linear_4bit(x, *tensors, bias, N, K, block_size, kind)
-    assert torch.equal(y, native_linear.linear_4bit(x.contiguous(), *tensors, bias, N, K, block_size, kind))
+    assert torch.equal(y, native_linear.linear_4bit(x.contiguous(), *tensors, bias.contiguous(), N, K, block_size, kind))
     dx = native_linear.linear_4bit_dx(dy, *tensors, N, K, block_size, kind)
     assert torch.equal(dx, native_linear.linear_4bit_dx(dy.contiguous(), *tensors, N, K, block_size, kind))

@@ -46,8 +46,9 @@ static inline void pack_transposed(const factor *f, int64_t row, uint16_t *out) 
             const int64_t rows = f->rows - row - 16 * t;
             for (int64_t r = 0; r < 16; r++) _mm_prefetch((const char *)(tile + (BLOCK + r) * stride), _MM_HINT_T1);
             if (rows < 16 || f->columns - k < 32 || stride % 2) {
+                const __mmask32 kept = first_words(f->columns - k);
                 for (int64_t r = 0; r < 16; r++)
-                    _mm512_store_si512(padded + 32 * r, _mm512_maskz_loadu_epi16(r < rows ? first_words(f->columns - k) : 0, tile + r * stride));
+                    _mm512_store_si512(padded + 32 * r, _mm512_maskz_loadu_epi16(r < rows ? kept : 0, tile + r * stride));
                 tile = padded, stride = 32;
             }
             __m512 pairs[16];
@@ -79,8 +80,8 @@ static inline void pack_step(const factor *f, int64_t row, int64_t column, int64
             interleave(_mm512_loadu_si512(even + k), _mm512_loadu_si512(odd + k), to);
         }
         for (; k < count; k += 32, to += panel_stride) {
-            const __mmask32 kept = first_words(count - k);
-            interleave(_mm512_maskz_loadu_epi16(r < rows ? kept : 0, even + k), _mm512_maskz_loadu_epi16(r + 1 < rows ? kept : 0, odd + k), to);
+            const __mmask32 kept = first_words(count - k), of_even = r < rows ? kept : 0, of_odd = r + 1 < rows ? kept : 0;
+            interleave(_mm512_maskz_loadu_epi16(of_even, even + k), _mm512_maskz_loadu_epi16(of_odd, odd + k), to);
         }
     }
 }

@@ -36,7 +36,8 @@ static void turn_ranks(const float *scale, const float *sums, int halves, uint16
     }
 }
 
-/* A block's ranks from its left factor, which comes in parts: to `rows` [block][rank step] and, turned, [rank step][block], unless NULL. */
+/* A block's ranks from its left factor, which comes in parts: to `rows` [block][rank step] and, turned, to [rank step][block],
+ * unless NULL. */
 static void down(const many_rows_job *j, const left_steps *left, int64_t lefts, const uint16_t *right, int64_t b, uint16_t *rows,
                  uint16_t *turned, float *sums) {
     for (int64_t e = 0; e < j->all_rank_steps; e++) {
@@ -142,7 +143,8 @@ static void write_gradient(const many_rows_job *j, int64_t i, int64_t step, cons
 /* The unit's panels: `count` of layer i's dY from `panel` on, or of x (i = -1). Returns 0 past the last unit. */
 static int panels_of_unit(const many_rows_job *j, int64_t unit, int64_t *i, int64_t *panel, int64_t *count) {
     for (*i = -1; *i < j->args->layers; ++*i) {
-        const int64_t panels = *i < 0 ? j->k_steps : j->first_panel[*i + 1] - j->first_panel[*i], units = ceil_div(panels, PANELS_AT_A_TIME);
+        const int64_t panels = *i < 0 ? j->k_steps : j->first_panel[*i + 1] - j->first_panel[*i];
+        const int64_t units = ceil_div(panels, PANELS_AT_A_TIME);
         if (unit < units) {
             *panel = unit * PANELS_AT_A_TIME;
             *count = at_most(panels - *panel, PANELS_AT_A_TIME);

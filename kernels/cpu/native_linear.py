@@ -44,7 +44,7 @@ def linear_4bit(x, packed, absmax, nested_absmax, nested_offset, nested_block_si
             return y
         w = _dequantized(tensors, (N, K), x.dtype, block_size, quant_type)
         return F.linear(x, w, bias)
-    x = x.contiguous()
+    x, bias = x.contiguous(), None if bias is None else bias.contiguous()
     y = torch.empty(M, N, dtype=x.dtype)
     _check(
         _library.linear_4bit(
@@ -86,7 +86,7 @@ def dense_linear(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
     (M, K), N = x.shape, w.shape[0]
     if native.ISA != "amx" or x.dtype != torch.bfloat16 or not 1 <= M <= _DENSE_ROWS or N % 16 or K % 32 or not (N and K):
         return F.linear(x, w, bias)
-    x, w = x.contiguous(), w.contiguous()
+    x, w, bias = x.contiguous(), w.contiguous(), None if bias is None else bias.contiguous()
     y = torch.empty(M, N, dtype=x.dtype)
     _check(_library.dense_linear(x.data_ptr(), M, w.data_ptr(), _address(bias), N, K, y.data_ptr(), _threads(N * K)))
     return y

@@ -109,8 +109,9 @@ class _Call:
             if A.dtype == B.dtype == torch.float32:
                 dtype = torch.float32
             A, B = A.to(dtype).contiguous(), B.to(dtype).contiguous()
-        bias, A_at, B_at, *results = (self._pointer(t) for t in (layer.bias, A, B, y, dA, dB))
-        self._layers.append(_Layer(*base, bias, A_at, B_at, native._DTYPES[dtype], *results, y.shape[1], r, layer.scaling))
+        bias = None if layer.bias is None else layer.bias.contiguous()
+        factors, results = ([self._pointer(t) for t in tensors] for tensors in ((bias, A, B), (y, dA, dB)))
+        self._layers.append(_Layer(*base, *factors, native._DTYPES[dtype], *results, y.shape[1], r, layer.scaling))
 
     def wants(self, dx: Tensor | None, V: Tensor | None) -> None:
         self.args.dx, self.args.low_rank = self._pointer(dx), self._pointer(V)
