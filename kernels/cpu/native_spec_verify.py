@@ -4,6 +4,7 @@ row_race.h, spec_verify.c): each row is read once, and only if it is reached."""
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from . import native, pytorch_logit_filter, pytorch_spec_verify
 
 _P, _I, _L, _D = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_double
-_SETTING = [_D, _L, _D, _P]  # temperature, top_k, top_p, and each row's own
+_SETTING: list[Any] = [_D, _L, _D, _P]  # temperature, top_k, top_p, and each row's own
 native._library.logit_filter.argtypes = [_P, _I, _L, _L, _L, *_SETTING, _P, _P, _L]
 native._library.spec_verify.argtypes = [
     _P, _P, _L, _P, _P, _I, _L, _L, _P, _I, _L, _L, _L, _L, _L, _L, _L, _I, *_SETTING, _P, _P, _L, _P, _P, _P, _P, _P, _L,
@@ -65,16 +66,20 @@ def _verify(
     return status == 0
 
 
-def verify_draft_tokens(draft_tokens, draft_logits, target_logits, num_draft, *rest) -> tuple[Tensor, Tensor]:
+def verify_draft_tokens(
+    draft_tokens, draft_logits, target_logits, num_draft, temperature, top_k, top_p, parameters, uniforms, gumbel, seed, seeds,
+    offsets,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As the op; float64 in PyTorch."""
+    noise = uniforms, gumbel, seed, seeds, offsets
     if not _takes(target_logits, draft_logits):
-        return pytorch_spec_verify.verify_draft_tokens(draft_tokens, draft_logits, target_logits, num_draft, *rest)
+        return pytorch_spec_verify.verify_draft_tokens(
+            draft_tokens, draft_logits, target_logits, num_draft, temperature, top_k, top_p, parameters, *noise
+        )
     B, K = draft_tokens.shape
     tokens, num_accepted = torch.empty(B, K + 1, dtype=torch.int64), torch.empty(B, dtype=torch.int64)
-    setting, noise = rest[:4], rest[4:]
-    if not _verify(
-        draft_tokens, None, target_logits, draft_logits, num_draft, *setting, True, *noise, tokens, num_accepted, None
-    ):  # fmt: skip
+    setting = temperature, top_k, top_p, parameters, True
+    if not _verify(draft_tokens, None, target_logits, draft_logits, num_draft, *setting, *noise, tokens, num_accepted, None):
         pytorch_spec_verify.check_num("num_draft", num_draft, K, "the drafts that draft_tokens has room for")
         pytorch_spec_verify.check_drawn(tokens, num_accepted)
     return tokens, num_accepted
@@ -82,10 +87,10 @@ def verify_draft_tokens(draft_tokens, draft_logits, target_logits, num_draft, *r
 
 def verify_draft_tree(
     node_tokens, parents, target_logits, draft_logits, num_nodes, temperature, top_k, top_p, parameters, with_replacement, depth,
-    *noise,
+    uniforms, gumbel, seed, seeds, offsets,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """As the op; float64 in PyTorch."""
-    setting = temperature, top_k, top_p, parameters, with_replacement
+    setting, noise = (temperature, top_k, top_p, parameters, with_replacement), (uniforms, gumbel, seed, seeds, offsets)
     if not _takes(target_logits, draft_logits):
         return pytorch_spec_verify.verify_draft_tree(
             node_tokens, parents, target_logits, draft_logits, num_nodes, *setting, depth, *noise
