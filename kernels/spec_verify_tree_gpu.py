@@ -32,19 +32,23 @@ def _probability(row_ptr, x, V, c, threshold, top, total):
 
 @triton.jit
 def _remainder(
-    row_ptr, V, c, threshold, top, total, draft_row_ptr, V_draft, draft_threshold, draft_top, draft_total, factor,
+    row_ptr, V, c, threshold, top, total, draft_row_ptr, V_draft, draft_threshold, draft_top, draft_total, factor, refused_ptr, count,
     TILE: tl.constexpr,
 ):  # fmt: skip
-    """Sum of max(p - factor q, 0)."""
+    """Sums of max(p - factor q, 0), and of q over all but `count` refused words: 1 less what these had would be rounding's alone
+    where one of them had nearly all."""
     lanes = tl.arange(0, TILE)
-    sums = tl.zeros((TILE,), tl.float32)
+    sums, rest = tl.zeros((TILE,), tl.float32), tl.zeros((TILE,), tl.float32)
     for start in range(0, V, TILE):
         z = load_clean(row_ptr, start + lanes, V)
         zq = load_clean(draft_row_ptr, start + lanes, V_draft)
         p = tl.where((z >= threshold) & (z > -LARGEST), tl.exp2((z - top) * c) / total, 0.0)
         q = tl.where((zq >= draft_threshold) & (zq > -LARGEST), tl.exp2((zq - draft_top) * c) / draft_total, 0.0)
         sums += tl.maximum(p - factor * q, 0.0)
-    return tl.sum(sums, axis=0)
+        for j in range(0, count):
+            q = tl.where(start + lanes == tl.load(refused_ptr + j), 0.0, q)
+        rest += q
+    return tl.sum(sums, axis=0), tl.sum(rest, axis=0)
 
 
 @triton.jit
@@ -94,7 +98,7 @@ def _spec_tree_kernel(
                         draft_row_ptr, V_draft, c, k, p, gathered_ptr, FILTER, TILE
                     )
             # p is max(p - factor q, 0) / left; q without replacement q / rest, but for what was refused
-            factor, left, rest, count = 0.0, 1.0, 1.0, 0
+            factor, left, rest, count, tried = 0.0, 1.0, 1.0, 0, 0
             refused = places < 0
             while (i < PLACES) & (child == PLACES):
                 x = tl.sum(tl.where(places == i, tokens, 0), axis=0)
@@ -117,11 +121,15 @@ def _spec_tree_kernel(
                         if DRAFT:
                             factor += left / rest
                             if not REPLACED:
-                                rest = tl.maximum(rest - qx, 1.0e-37)
-                            left = _remainder(
+                                tl.store(refused_ptr + tried, x)
+                                tried += 1
+                                tl.debug_barrier()
+                            left, untried = _remainder(
                                 row_ptr, V, c, threshold, top, total,
-                                draft_row_ptr, V_draft, draft_threshold, draft_top, draft_total, factor, TILE,
+                                draft_row_ptr, V_draft, draft_threshold, draft_top, draft_total, factor, refused_ptr, tried, TILE,
                             )  # fmt: skip
+                            if not REPLACED:
+                                rest = tl.maximum(untried, 1.0e-37)
                         else:
                             tl.store(refused_ptr + count, x)
                             count += 1

@@ -243,6 +243,17 @@ def test_interpreted(kind, setting):
 
 
 @pytest.mark.interpret
+def test_interpreted_words_left_after_a_sure_draft():
+    """Without replacement, word 0 having all but 1e-9 of q: refused, it leaves word 1 all of q and of p (test_cpu_spec_verify.py)."""
+    N, p, q = 16, torch.tensor([0.5, 0.5]).log(), torch.tensor([0.0, -20.7])
+    given = torch.tensor([[0, 1]]).expand(N, 2), torch.tensor([[-1, -1]]).expand(N, 2), p.expand(N, 3, 2), q.expand(N, 3, 2)
+    uniforms = torch.linspace(0, 1, 2 * N + 1)[1::2, None].expand(N, 2)
+    options = (1.0, 0, 1.0, None, False, 1, uniforms, None, 5, None, None)
+    tokens, num_accepted, _ = verify_draft_tree_triton(*given, torch.full((N,), 2), *options)
+    assert (num_accepted == 1).all() and tokens[:, 0].tolist() == [0] * (N // 2) + [1] * (N // 2)
+
+
+@pytest.mark.interpret
 def test_attention_interpreted():
     parents = torch.tensor([[-1, 0, 0, 1], [-1, -1, 1, 2]])
     assert all(torch.equal(a, b) for a, b in zip(tree_attention_triton(parents), engine.tree_attention(parents), strict=True))
