@@ -32,8 +32,8 @@ def _probability(row_ptr, x, V, c, threshold, top, total):
 
 @triton.jit
 def _remainder(
-    row_ptr, V, c, threshold, top, total, draft_row_ptr, V_draft, draft_threshold, draft_top, draft_total, factor, refused_ptr, count,
-    TILE: tl.constexpr,
+    row_ptr, V, c, threshold, top, total, draft_row_ptr, V_draft, draft_threshold, draft_top, draft_total, factor,
+    refused_ptr, count, TILE: tl.constexpr,
 ):  # fmt: skip
     """Sums of max(p - factor q, 0), and of q over all but `count` refused words: 1 less what these had would be rounding's alone
     where one of them had nearly all."""
