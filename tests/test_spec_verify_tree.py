@@ -244,7 +244,7 @@ def test_interpreted(kind, setting):
 
 @pytest.mark.interpret
 def test_interpreted_words_left_after_a_sure_draft():
-    """Without replacement, word 0 having all but 1e-9 of q: refused, it leaves word 1 all of q and of p (as test_cpu_spec_verify)."""
+    """Without replacement, word 0 having all but 1e-9 of q: refused, it leaves word 1 all of q and of p (test_cpu_spec_verify)."""
     N, p, q = 16, torch.tensor([0.5, 0.5]).log(), torch.tensor([0.0, -20.7])
     given = torch.tensor([[0, 1]]).expand(N, 2), torch.tensor([[-1, -1]]).expand(N, 2), p.expand(N, 3, 2), q.expand(N, 3, 2)
     uniforms = torch.linspace(0, 1, 2 * N + 1)[1::2, None].expand(N, 2)
