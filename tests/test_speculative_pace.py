@@ -14,8 +14,11 @@ from posttrain.speculative.report import Report
 class Machine:
     """Drafts accepted with probability alpha(token), passes of n tokens costing v(n), a drafted token c, of noisy seconds."""
 
-    def __init__(self, alpha, v=lambda n: 1.0, c=0.0, noise=0.1, matches=1.0, prompt_cost=0.0, prompt=5.0, rows=1, longest=8):
+    def __init__(
+        self, alpha, v=lambda n: 1.0, c=0.0, noise=0.1, matches=1.0, prompt_cost=0.0, prompt=5.0, rows=1, longest=8, missed=0.0
+    ):
         self.alpha, self.v, self.c, self.noise, self.matches, self.rows = alpha, v, c, noise, matches, rows
+        self.missed = missed  # seconds to take in what passed without a draft
         self.report, self.generator = Report(), random.Random(0)
         self.pace = Pace(longest, True, prompt_cost, self.report)
         self.seconds, self.prompt, self.prompt_cost, self.drafting = prompt, prompt, prompt_cost, False
@@ -42,7 +45,8 @@ class Machine:
                 accepted.append(right)
             first = length and not self.drafting
             self.drafting = self.drafting or length > 0
-            draft = self._took(self.c * length + (self.prompt_cost * self.prompt if first else 0.0))
+            behind = self.missed if length and self.lengths and not self.lengths[-1] else 0.0
+            draft = self._took(self.c * length + (self.prompt_cost * self.prompt if first else behind))
             depth = [length] * self.rows
             self.pace.stepped(depth, depth, accepted, length + 1, draft, self._took(self.v(length + 1)))
             self.lengths.append(length)
@@ -66,9 +70,10 @@ COSTLY = {"v": lambda n: 1 + 0.2 * (n - 1), "c": 0.3, "prompt_cost": 0.3, "promp
 @pytest.mark.parametrize("tokens", [32, 64, 256, 1500])
 @pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("alpha", [0.0, 0.2, 0.4])
-def test_never_much_slower_than_plain(alpha, rows, tokens):
-    """Where drafts are dear and bad; and it says that it rested."""
-    machine = Machine(lambda done: alpha, rows=rows, **COSTLY)
+@pytest.mark.parametrize("missed", [0.0, 0.5])
+def test_never_much_slower_than_plain(alpha, rows, tokens, missed):
+    """Where drafts are dear and bad, and so is taking in what was missed while they rested; and it says that it rested."""
+    machine = Machine(lambda done: alpha, rows=rows, missed=missed, **COSTLY)
     assert machine.run(tokens) <= 1.05
     assert machine.report.rested > tokens / 2 and "switched off" in str(machine.report)
 

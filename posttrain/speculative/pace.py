@@ -71,7 +71,8 @@ class Pace:
         self.accepted, self.examined = PRIOR
         self.behind = 0.0  # seconds, against plain passes
         self.rest = self.resting = 0
-        self.probing = self.drafted = False
+        self.probing = self.drafted = self.prompts_read = False
+        self.missed: deque[float] = deque(maxlen=REMEMBERED)  # seconds to take in what passed without a draft
         self.affordable: bool | None = None
         self.since_plain = 0
 
@@ -96,7 +97,8 @@ class Pace:
         length = self._length(limit, rows, max(caps)) if self.affordable else 0
         if length:
             allowed = MARGIN * (self.report.seconds + min(max(caps), AHEAD) * plain)
-            if self.behind + self._seconds(rows, length) - plain > allowed:
+            missed = 0.0 if self.drafted else max(self.missed, default=self.prompt_cost * plain)
+            if self.behind + missed + self._seconds(rows, length) - plain > allowed:
                 length = 0
         self.report.rested += length == 0
         return length
@@ -144,8 +146,11 @@ class Pace:
             self.probing = False
             if self.drafted:
                 self.drafting[rows].add(deepest, draft_seconds)
+            elif self.prompts_read:
+                self.missed.append(draft_seconds - self.drafting[rows].at(deepest))
             else:
-                draft_seconds = self.drafting[rows].at(deepest)  # it had the prompts or passed-over tokens to take in
+                draft_seconds = self.drafting[rows].at(deepest)  # it had the prompts to take in, which PROMPT_MARGIN is for
+            self.prompts_read = True
         self.drafted = deepest > 0
         if 1 not in self.passes[rows].seconds:
             self.report.plain_seconds = None
