@@ -143,7 +143,7 @@ int linear_4bit(const void *x, int dtype, int64_t M, const uint8_t *packed, cons
     linear_args a = {x, bias, y, dtype, M, N, K, threads, &w, engine};
     /* one or two rows leave most of a tile empty; from three on AMX wins */
     if (special_units >= AMX && M > 2 && amx_usable(&a)) return amx_linear(&a);
-    if (engine == &isa_avx512 && lookup_usable(&a)) return lookup_linear(&a);
+    if (lookup_usable(&a)) return lookup_linear(&a);
     return wide_linear(&a);
 }
 

@@ -87,7 +87,9 @@ static void lookup_task(void *context, int64_t thread, int64_t threads) {
     }
 }
 
-int lookup_usable(const linear_args *a) { return a->M >= 1 && a->M <= MAX_M && in_groups_of_128(a); }
+int lookup_usable(const linear_args *a) {
+    return a->engine == &isa_avx512 && a->M >= 1 && a->M <= MAX_M && in_groups_of_128(a);
+}
 
 int lookup_linear(const linear_args *a) {
     const int64_t ldx = ceil_div(a->K, 128) * 128, size = a->dtype == FLOAT32 ? 4 : 2;
