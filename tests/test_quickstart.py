@@ -119,9 +119,11 @@ def test_interrupted_training_goes_on_from_its_checkpoint(tmp_path) -> None:
     steps = 4000  # more than a machine can take while this process waits for its turn
     command += ["--steps", str(steps), "--test-items", "4"]
     first_steps = []
+    # a shell that runs the tests in the background has its children ignore SIGINT
+    heeds = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
     for _ in range(2):
         before = _steps_done(adapter)
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, **heeds) as process:
             first_steps.append(next(line for line in process.stderr if line.startswith("step ")).split("/")[0])
             while _steps_done(adapter) <= before and process.poll() is None:
                 time.sleep(0.02)
