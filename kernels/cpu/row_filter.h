@@ -7,21 +7,14 @@
 static const float LARGEST_LOGIT = 3.0e38f;
 enum { NEAR = 8, EXACT = INT32_MAX }; /* steps of a search */
 
-/* exp((z - top) / T); 0 for NaN and below exp(-87). +inf counts as the top. As sigmoid in swiglu.h, the power of two added to the bits. */
+/* exp((z - top) / T); 0 for NaN and below exp(-87). +inf counts as the top. The power of two is added to the bits. */
 static inline float weight_of(float z, float top, float inverse_temperature) {
-    const float magic = 12582912.0f, given = (z - top) * inverse_temperature;
+    const float given = (z - top) * inverse_temperature;
     float x = given < 0.0f ? given : 0.0f;
     x = x > -87.0f ? x : -87.0f;
-    const float shifted = MULTIPLY_ADD(x, 1.44269504f, magic), n = shifted - magic;
-    float f = MULTIPLY_ADD(n, -0.693359375f, x);
-    f = MULTIPLY_ADD(n, 2.12194440e-4f, f);
-    float p = MULTIPLY_ADD(1.9875691500e-4f, f, 1.3981999507e-3f);
-    p = MULTIPLY_ADD(p, f, 8.3334519073e-3f);
-    p = MULTIPLY_ADD(p, f, 4.1665795894e-2f);
-    p = MULTIPLY_ADD(p, f, 1.6666665459e-1f);
-    p = MULTIPLY_ADD(p, f, 5.0000001201e-1f);
-    p = MULTIPLY_ADD(p * f, f, f) + 1.0f;
-    return given > -87.0f ? bits_float(float_bits(p) + (float_bits(shifted) << 23)) : 0.0f;
+    uint32_t n;
+    const float p = exp_parts(x, &n);
+    return given > -87.0f ? bits_float(float_bits(p) + (n << 23)) : 0.0f;
 }
 
 static inline float lanes_max(const float *lanes) {

@@ -6,22 +6,28 @@
 #define MULTIPLY_ADD(a, b, c) ((a) * (b) + (c))
 #endif
 
-/* sigmoid(x) and sigmoid(-x), neither by a difference: e / (1 + e) and 1 / (1 + e), e = exp(-x), which does not overflow up to 87.
- * 2^n by the exponent's bits times a polynomial in the rest, as exp_down, for both signs. */
-static inline float sigmoid(float x, float *opposite) {
-    const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer, which is then in the low bits */
-    float y = x > 87.0f ? -87.0f : -x;
-    y = x < -87.0f ? 87.0f : y;
-    float shifted = MULTIPLY_ADD(y, 1.44269504f, magic), n = shifted - magic;
-    float f = MULTIPLY_ADD(n, -0.693359375f, y); /* ln 2 in two parts, the first of few digits: the product is exact */
-    f = MULTIPLY_ADD(n, 2.12194440e-4f, f);
+/* e^y for |y| <= 87 as a fraction times 2^n: returns the fraction, and in *n n's low bits. ln 2 in two parts, the first of few digits: the
+ * product is exact; then a polynomial in the rest. 1.5 * 2^23 added rounds to an integer, which is then in the low bits. */
+static inline float exp_parts(float y, uint32_t *n) {
+    const float magic = 12582912.0f, shifted = MULTIPLY_ADD(y, 1.44269504f, magic), whole = shifted - magic;
+    float f = MULTIPLY_ADD(whole, -0.693359375f, y);
+    f = MULTIPLY_ADD(whole, 2.12194440e-4f, f);
     float p = MULTIPLY_ADD(1.9875691500e-4f, f, 1.3981999507e-3f);
     p = MULTIPLY_ADD(p, f, 8.3334519073e-3f);
     p = MULTIPLY_ADD(p, f, 4.1665795894e-2f);
     p = MULTIPLY_ADD(p, f, 1.6666665459e-1f);
     p = MULTIPLY_ADD(p, f, 5.0000001201e-1f);
-    p = MULTIPLY_ADD(p * f, f, f) + 1.0f;
-    const float e = p * bits_float((float_bits(shifted) + 127) << 23), s = 1.0f / (1.0f + e);
+    *n = float_bits(shifted);
+    return MULTIPLY_ADD(p * f, f, f) + 1.0f;
+}
+
+/* sigmoid(x) and sigmoid(-x), neither by a difference: e / (1 + e) and 1 / (1 + e), e = exp(-x), which does not overflow up to 87. */
+static inline float sigmoid(float x, float *opposite) {
+    float y = x > 87.0f ? -87.0f : -x;
+    y = x < -87.0f ? 87.0f : y;
+    uint32_t n;
+    const float p = exp_parts(y, &n);
+    const float e = p * bits_float((n + 127) << 23), s = 1.0f / (1.0f + e);
     *opposite = e * s;
     return x < -87.0f ? 0.0f : s;
 }
