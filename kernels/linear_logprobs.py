@@ -21,6 +21,9 @@ an H100 (3.35 TB/s, 600 Tflop/s reached) 3.0 ps against 3.8 ps at H = 576 and 27
 V = 32k to 49k are 17 to 25 MB and stay in its L2 of 50 MB; of V = 152k (78 MB) half does, and H is 4096 there. Fewer rows would
 make the products wait for W: with M rows a product does M flops per byte of W, and an H100 needs 179, an A100 200.
 Least bytes: 2 (N + V) H read, 4 N H of direction written and read. Oracle: reference/linear_logprobs.py.
+
+A CPU with AMX has a second-level cache for what a multiprocessor has no registers for: many rows of bfloat16 are multiplied by
+kernels/cpu/amx_logprobs.c, as attention whose keys and values are both W, without the scratch and without rounding a logit.
 """
 
 from __future__ import annotations
@@ -30,7 +33,8 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from . import logit_rows as _logit_rows  # noqa: F401  (defines the op)
+from . import cpu
+from . import logit_rows as _logit_rows  # also defines the op
 from ._library import LIBRARY, define
 from .nf4 import DTYPES
 from .quantized_weight import QuantizedWeight
@@ -94,6 +98,14 @@ def _forward(hidden, weight, absmax, nested, offset, nested_block_size, labels, 
     return logprobs, entropy, saved
 
 
+def _forward_cpu(hidden, *rest):
+    weight, absmax, nested, offset, nested_block_size, labels, bias, ignore_index, direction, measure, V, _, *format = rest
+    _logit_rows.check_labels(labels, V, ignore_index)
+    base = (weight, absmax, nested, offset, nested_block_size, *format)
+    fused = cpu.fused_logprobs(hidden, base, V, bias, labels, ignore_index, direction, measure)
+    return fused or _forward(hidden, *rest)
+
+
 def _backward_of_head(
     gradient, hidden, weight, absmax, nested, offset, nested_block_size, labels, bias, ignore_index, need_weight, need_bias, *format
 ):
@@ -135,7 +147,7 @@ define(
     f"linear_logprobs(Tensor hidden, {_BASE}, Tensor labels, Tensor? bias, int ignore_index, bool direction, bool entropy, "
     f"{_FORMAT}) -> (Tensor, Tensor, Tensor)",
     _fake,
-    CPU=_forward,
+    CPU=_forward_cpu,
     CUDA=_forward,
 )
 define(

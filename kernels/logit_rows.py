@@ -97,14 +97,18 @@ def logit_rows_triton(logits: Tensor, labels: Tensor, ignore_index: int, gradien
     return logprobs, entropies
 
 
-def _logit_rows_cpu(logits: Tensor, labels: Tensor, ignore_index: int, gradient: bool, entropy: bool) -> tuple[Tensor, Tensor]:
-    outside = (labels != ignore_index) & ((labels < 0) | (labels >= logits.shape[1]))
+def check_labels(labels: Tensor, V: int, ignore_index: int) -> None:
+    outside = (labels != ignore_index) & ((labels < 0) | (labels >= V))
     if outside.any():
         row = int(outside.nonzero()[0])
         raise ValueError(
-            f"label {int(labels[row])} of row {row} is outside the vocabulary of {logits.shape[1]}; rows without a label have "
+            f"label {int(labels[row])} of row {row} is outside the vocabulary of {V}; rows without a label have "
             f"ignore_index={ignore_index}"
         )
+
+
+def _logit_rows_cpu(logits: Tensor, labels: Tensor, ignore_index: int, gradient: bool, entropy: bool) -> tuple[Tensor, Tensor]:
+    check_labels(labels, logits.shape[1], ignore_index)
     return cpu.logit_rows(logits, labels, ignore_index, gradient, entropy)
 
 

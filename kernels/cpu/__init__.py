@@ -11,6 +11,7 @@ if find_spec("._native", __package__) is not None:
     from . import native_lora as lora_engine
     from .native import multi_lora_add
     from .native_logits import logit_rows
+    from .native_logprobs import fused_logprobs
     from .native_rms_norm import rms_norm, rms_norm_backward
     from .native_spec_verify import logit_filter, tree_attention, verify_draft_tokens, verify_draft_tree
     from .native_swiglu import swiglu, swiglu_backward
@@ -19,7 +20,7 @@ else:
     from . import pytorch as linear_engine  # type: ignore[no-redef]
     from . import pytorch_lora as lora_engine  # type: ignore[no-redef]
     from .pytorch_logit_filter import logit_filter
-    from .pytorch_logits import logit_rows
+    from .pytorch_logits import fused_logprobs, logit_rows
     from .pytorch_multi_lora import multi_lora_add
     from .pytorch_rms_norm import rms_norm, rms_norm_backward
     from .pytorch_spec_verify import tree_attention, verify_draft_tokens, verify_draft_tree
@@ -43,6 +44,7 @@ __all__ = [
     "describe",
     "double_dequantize",
     "double_quantize",
+    "fused_logprobs",
     "linear_4bit",
     "linear_4bit_dx",
     "logit_filter",

@@ -79,6 +79,7 @@ static void blocks_of_dys(const many_rows_job *j, int64_t b, uint16_t *room, lef
 
 /* What the adapter's gradients need of the rows: s, and V if it was not found on the way to dX. */
 static void down_task(void *context, int64_t thread, int64_t threads) {
+    (void)thread, (void)threads;
     many_rows_job *j = context;
     const many_rows_args *a = j->args;
     uint16_t *room = scratch(1, (j->k_steps > j->n_steps ? j->k_steps : j->n_steps) * STEP * sizeof(uint16_t));
@@ -89,7 +90,7 @@ static void down_task(void *context, int64_t thread, int64_t threads) {
     }
     const factor x = {.values = a->dropped, .stride = a->K, .rows = a->M, .columns = a->K};
     configure_tiles(16, 16);
-    for (int64_t b; (b = take_unit(j)) < j->m_steps; (void)thread, (void)threads) {
+    for (int64_t b; (b = take_unit(&j->next)) < j->m_steps;) {
         left_steps left[MAX_LAYERS];
         if (!j->panels) {
             blocks_of_dys(j, b, room, left);
@@ -157,6 +158,7 @@ static int panels_of_unit(const many_rows_job *j, int64_t unit, int64_t *i, int6
 
 /* dA = V^T x' and dB = dY^T s, some columns of x' or of a dY a unit. */
 static void adapter_task(void *context, int64_t thread, int64_t threads) {
+    (void)thread, (void)threads;
     many_rows_job *j = context;
     const many_rows_args *a = j->args;
     const int64_t E = j->all_rank_steps, room = PANELS_AT_A_TIME * BLOCKS_AT_A_TIME * STEP;
@@ -169,7 +171,7 @@ static void adapter_task(void *context, int64_t thread, int64_t threads) {
     const factor x = {.values = a->dropped, .stride = a->K, .rows = a->M, .columns = a->K};
     memset(sums, 0, PANELS_AT_A_TIME * E * SUMS * sizeof(float)); /* what no rows add up to */
     configure_tiles(16, 16);
-    for (int64_t own, panel, panels; panels_of_unit(j, take_unit(j), &own, &panel, &panels); (void)thread, (void)threads) {
+    for (int64_t own, panel, panels; panels_of_unit(j, take_unit(&j->next), &own, &panel, &panels);) {
         const int of_x = own < 0;
         if (of_x ? !j->need_A : !j->need_B) continue;
         const factor f = of_x ? x : rows_of_dy(j, own);

@@ -39,6 +39,7 @@ static place place_of(const many_rows_job *j, int64_t p, int64_t m, const uint16
 
 /* Blocks of rows through the panels of this pass. */
 static void product_task(void *context, int64_t thread, int64_t threads) {
+    (void)thread, (void)threads;
     many_rows_job *j = context;
     const many_rows_args *a = j->args;
     const int64_t E = j->all_rank_steps;
@@ -50,7 +51,7 @@ static void product_task(void *context, int64_t thread, int64_t threads) {
     }
     left_steps left[MAX_LAYERS];
     configure_tiles(16, 16);
-    for (int64_t b; (b = take_unit(j)) < j->m_steps; (void)thread, (void)threads) {
+    for (int64_t b; (b = take_unit(&j->next)) < j->m_steps;) {
         const int64_t lefts = !j->base_steps ? 0 : j->backward ? a->layers : 1;
         if (j->backward) {
             blocks_of_dys(j, b, room, left);

@@ -3,8 +3,7 @@
 #ifndef POSTTRAIN_AMX_MANY_H
 #define POSTTRAIN_AMX_MANY_H
 
-#include "amx_gemm.h"
-#include "many_rows.h"
+#include "amx_base.h"
 
 /* Right factors are packed as many panels at a time as leave the second-level cache some room for the left one. */
 enum { RIGHT_BYTES = 3 << 18 };
@@ -30,15 +29,10 @@ typedef struct {
     int failed;
 } many_rows_job;
 
-/* A core may be much slower than its neighbour, whose other thread another machine uses: each takes work as it gets done. */
-static int64_t take_unit(many_rows_job *j) { return __atomic_fetch_add(&j->next, 1, __ATOMIC_RELAXED); }
 static void run_units(many_rows_job *j, task function) {
     j->next = 0;
     run_parallel(function, j, j->args->threads);
 }
-
-static int64_t steps_of(int64_t n) { return ceil_div(n, BLOCK); }
-static int has_base(const many_rows_layer *l) { return l->dense || l->packed; }
 
 /* Where each layer's ranks go: side by side in one step if that holds them all, else each layer begins a new step. */
 static void place_ranks(many_rows_job *j) {
@@ -71,9 +65,7 @@ static int64_t set_up(many_rows_job *j, const many_rows_args *a, int backward) {
     place_ranks(j);
     for (int64_t i = 0; i < a->layers; i++) {
         const many_rows_layer *l = &a->layer[i];
-        if (l->packed)
-            j->base[i] = make_weight(l->packed, l->absmax, l->nested_absmax, l->nested_offset, l->nested_block_size, l->block_size,
-                                     l->quant_type);
+        j->base[i] = base_of(l);
         j->first_panel[i] = j->n_steps;
         j->n_steps += steps_of(l->N);
         j->need_A |= l->dA != NULL, j->need_B |= l->dB != NULL;
@@ -112,21 +104,6 @@ static int64_t layer_of_panel(const many_rows_job *j, int64_t panel) {
     int64_t i = 0;
     while (i + 1 < j->args->layers && panel >= j->first_panel[i + 1]) i++;
     return i;
-}
-
-/* Rows [n, n + 32) and columns [k, k + count) of a layer's base as a factor; `room` (32, PIECE) is where 4 bits are decoded. */
-static factor rows_of_base(const many_rows_job *j, int64_t i, int64_t n, int64_t k, int64_t count, uint16_t *room) {
-    const many_rows_layer *l = &j->args->layer[i];
-    const int64_t K = j->args->K, rows = at_most(l->N - n, BLOCK);
-    if (l->dense) return (factor){.values = l->dense + n * K + k, .stride = K, .rows = rows, .columns = count};
-    const weight *w = &j->base[i];
-    float absmax[PIECE / 16 + 2];
-    for (int64_t r = 0; r < rows; r++) {
-        const int64_t start = (n + r) * K + k, first = start / w->block_size;
-        isa_avx512.decode_absmax(w, first, (start + count - 1) / w->block_size - first + 1, absmax);
-        isa_avx512.dequantize(w, absmax, start, count, BFLOAT16, room + r * PIECE);
-    }
-    return (factor){.values = room, .stride = PIECE, .rows = rows, .columns = count};
 }
 
 /* Columns [k, k + count) of the layers' A, each row at its place among the ranks of `panel`: out (32, PIECE). */
@@ -173,7 +150,7 @@ static void pack_panel_of_y(const many_rows_job *j, int64_t p, uint16_t *room) {
     const int64_t i = layer_of_panel(j, p), n = (p - j->first_panel[i]) * BLOCK, K = j->args->K;
     uint16_t *out = j->right + (p - j->first) * j->panel_steps * STEP;
     for (int64_t k = 0; k < K && j->base_steps; k += PIECE) {
-        const factor base = rows_of_base(j, i, n, k, at_most(K - k, PIECE), room);
+        const factor base = rows_of_base(&j->args->layer[i], &j->base[i], n, BLOCK, K, k, at_most(K - k, PIECE), room);
         pack_transposed(&base, 0, out + k / 32 * STEP);
     }
     for (int64_t e = 0; e < j->rank_steps[i]; e++) {
@@ -188,19 +165,21 @@ static void pack_step_of_dx(const many_rows_job *j, int64_t s, uint16_t *room) {
     const int64_t i = layer_of_panel(j, s);
     for (int64_t k = first; k < last; k += PIECE) {
         const int64_t count = at_most(last - k, PIECE);
-        const factor f = s < j->base_steps ? rows_of_base(j, i, (s - j->first_panel[i]) * BLOCK, k, count, room)
-                                           : rows_of_A(j, s - j->base_steps, k, count, room);
+        const factor f = s >= j->base_steps ? rows_of_A(j, s - j->base_steps, k, count, room)
+                                            : rows_of_base(&j->args->layer[i], &j->base[i], (s - j->first_panel[i]) * BLOCK, BLOCK,
+                                                           j->args->K, k, count, room);
         pack_step(&f, 0, 0, count, j->right + (k - first) / 32 * stride + s * STEP, stride);
     }
 }
 
 /* Units: in y's first pass the right factor of s, then panels of y, or steps of dX. */
 static void pack_task(void *context, int64_t thread, int64_t threads) {
+    (void)thread, (void)threads;
     many_rows_job *j = context;
     uint16_t room[BLOCK * PIECE] __attribute__((aligned(64)));
     const int64_t down = j->first == 0 && !j->backward ? j->all_rank_steps : 0;
     const int64_t units = down + (j->backward ? j->panel_steps : j->last - j->first);
-    for (int64_t unit; (unit = take_unit(j)) < units; (void)thread, (void)threads)
+    for (int64_t unit; (unit = take_unit(&j->next)) < units;)
         if (unit < down) pack_down_s(j, unit, room);
         else if (j->backward) pack_step_of_dx(j, unit, room);
         else pack_panel_of_y(j, j->first + unit - down, room);
@@ -208,10 +187,11 @@ static void pack_task(void *context, int64_t thread, int64_t threads) {
 
 /* The right factors of V = dY B, a step a unit, and, where dB is needed, of s. */
 static void pack_down_task(void *context, int64_t thread, int64_t threads) {
+    (void)thread, (void)threads;
     many_rows_job *j = context;
     uint16_t room[BLOCK * PIECE] __attribute__((aligned(64)));
     const int64_t down = j->need_B ? j->all_rank_steps : 0;
-    for (int64_t unit; (unit = take_unit(j)) < down + j->n_steps; (void)thread, (void)threads) {
+    for (int64_t unit; (unit = take_unit(&j->next)) < down + j->n_steps;) {
         if (unit < down) {
             pack_down_s(j, unit, room);
             continue;

@@ -29,7 +29,7 @@ class Layer(NamedTuple):
     scaling: float = 0.0
 
 
-class _Layer(ctypes.Structure):
+class CLayer(ctypes.Structure):
     """many_rows_layer in many_rows.h."""
 
     _fields_ = [
@@ -49,7 +49,7 @@ class _Args(ctypes.Structure):
     _fields_ = [
         *((name, _P) for name in ("x", "dropped", "dx", "low_rank", "workspace")),
         *((name, _L) for name in ("M", "K", "layers", "threads")),
-        ("layer", ctypes.POINTER(_Layer)),
+        ("layer", ctypes.POINTER(CLayer)),
     ]
 
 
@@ -81,28 +81,30 @@ def takes_product(x: Tensor, Ns: Sequence[int], K: int, backward: bool) -> bool:
     return takes(x) and faster_than_vendor(len(x), Ns, K, backward)
 
 
+def weight_of(base: tuple) -> tuple[list[Tensor | None], list[int]]:
+    """What many_rows_layer begins with: tensors, which must live as long as the call, and their format."""
+    weight, absmax, nested_absmax, nested_offset, nested_block_size, block_size, quant_type = base
+    if quant_type == "none":
+        return [weight.contiguous(), None, None, None, None], [0, 0, 0]
+    format = [nested_block_size, block_size, native._QUANT_TYPES[quant_type]]
+    return [None, weight.contiguous(), absmax.contiguous(), nested_absmax, nested_offset], format
+
+
 class _Call:
     """The arguments of one call in C, and the tensors that they point into for as long as it lasts."""
 
     def __init__(self, x: Tensor, dropped: Tensor):
         self._alive: list[Tensor | None] = []
-        self._layers: list[_Layer] = []
+        self._layers: list[CLayer] = []
         self.args = _Args(self._pointer(x), self._pointer(dropped), None, None, None, *x.shape, 0, torch.get_num_threads(), None)
 
     def _pointer(self, tensor: Tensor | None) -> int | None:
         self._alive.append(tensor)
         return None if tensor is None else tensor.data_ptr()
 
-    def _base(self, base: tuple) -> list[int | None]:
-        weight, absmax, nested_absmax, nested_offset, nested_block_size, block_size, quant_type = base
-        if quant_type == "none":
-            return [self._pointer(weight.contiguous()), None, None, None, None, 0, 0, 0]
-        pointers = [self._pointer(t) for t in (weight.contiguous(), absmax.contiguous(), nested_absmax, nested_offset)]
-        return [None, *pointers, nested_block_size, block_size, native._QUANT_TYPES[quant_type]]
-
     def add(self, layer: Layer, y: Tensor, dA: Tensor | None, dB: Tensor | None, with_base: bool) -> None:
         """One layer: y (M, N) is written (or added to, without its base) forward and is dY backward."""
-        base = self._base(layer.base) if with_base else [None] * 5 + [0] * 3
+        weight, format = weight_of(layer.base) if with_base else ([None] * 5, [0] * 3)
         A, B, r, dtype = layer.A, layer.B, 0, torch.bfloat16
         if A is not None and B is not None:
             r = len(A)
@@ -110,14 +112,14 @@ class _Call:
                 dtype = torch.float32
             A, B = A.to(dtype).contiguous(), B.to(dtype).contiguous()
         bias = None if layer.bias is None else layer.bias.contiguous()
-        factors, results = ([self._pointer(t) for t in tensors] for tensors in ((bias, A, B), (y, dA, dB)))
-        self._layers.append(_Layer(*base, *factors, native._DTYPES[dtype], *results, y.shape[1], r, layer.scaling))
+        base, factors, results = ([self._pointer(t) for t in tensors] for tensors in (weight, (bias, A, B), (y, dA, dB)))
+        self._layers.append(CLayer(*base, *format, *factors, native._DTYPES[dtype], *results, y.shape[1], r, layer.scaling))
 
     def wants(self, dx: Tensor | None, V: Tensor | None) -> None:
         self.args.dx, self.args.low_rank = self._pointer(dx), self._pointer(V)
 
     def run(self, function, backward: bool) -> None:
-        layers = (_Layer * len(self._layers))(*self._layers)
+        layers = (CLayer * len(self._layers))(*self._layers)
         self.args.layer, self.args.layers = layers, len(layers)
         self.args.workspace = native.kept_memory(_library.many_rows_bytes(self.args, backward)).data_ptr()
         native._check(function(self.args))
