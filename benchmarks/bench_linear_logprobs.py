@@ -138,10 +138,10 @@ def main() -> None:
     options = _bench.arguments(__doc__)
     print(cpu.describe())
     given = inputs(N)
-    few = inputs(64)
+    few = inputs(LENGTH)
     exact = plain(few[0].double(), few[1].double(), few[2]).detach()
     errors = {name: (step(name, *few)[0].double() - exact).norm().item() for name in CANDIDATES}
-    print("error of 64 log-probabilities:", ", ".join(f"{name} {error:.2e}" for name, error in errors.items()))
+    print(f"error of {LENGTH} log-probabilities:", ", ".join(f"{name} {error:.2e}" for name, error in errors.items()))
     assert errors["posttrain"] <= 2 * errors["plain"], "less accurate than plain PyTorch"
     times = _bench.in_turn({name: lambda name=name: step(name, *given) for name in CANDIDATES}, options)
     rows = [_bench.row(f"log-probabilities N={N} H={H} V={V}", times, 2 * (N + V) * H, _bench.bandwidth(options))]
@@ -149,7 +149,7 @@ def main() -> None:
     for _ in range(3):
         given[0].detach() @ given[1].t()
     product = (time.perf_counter() - start) / 3 * 1e3
-    print(f"{'':34} one product alone takes {product:.0f} ms; two are the limit of any way")
+    print(f"{'':34} one of torch's products alone takes {product:.0f} ms; by those, two are the limit")
     rows.append(compare_dpo(options))
     peaks = {}
     for (what, names), tokens in itertools.product((("logprobs", CANDIDATES), ("dpo", DPO)), (N // 4, N)):
