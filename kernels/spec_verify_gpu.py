@@ -223,8 +223,8 @@ def _spec_draw_kernel(
                 factor = tl.where(can, 1.0, 0.0)
             else:
                 without = tl.where(can, 1, 0)
-        elif FILTER:
-            threshold, top, inverse = row_filter(row_ptr, V, c, k, p, gathered_ptr + b * TILE, FILTER, TILE)
+        elif FILTER:  # half a tile at a time: beside what the race holds, a whole one takes more registers than there are
+            threshold, top, inverse = row_filter(row_ptr, V, c, k, p, gathered_ptr + b * TILE, FILTER, TILE // 2)
         tries = 0
         while (winner < 0) & (tries < 2):  # the second time from p itself, where nothing is left of it
             score, winner = race(
