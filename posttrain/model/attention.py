@@ -81,14 +81,15 @@ class _CausalAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        y, logsumexp = attention_engine.forward(q, k, v)
-        ctx.save_for_backward(q, k, v, y, logsumexp)
+        y, softmax = attention_engine.forward(q, k, v)
+        ctx.save_for_backward(q, k, v, y, softmax)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor):
-        return attention_engine.backward(*ctx.saved_tensors, dy)
+        q, k, v, y, softmax = ctx.saved_tensors
+        return attention_engine.backward(q, k, v, y, softmax, dy)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
