@@ -1,5 +1,5 @@
-"""Causal attention in AMX tiles: against float64 at tails of every dimension, with shared heads, in any layout, and the same bits with
-any number of threads."""
+"""Causal attention in AMX tiles: against float64 at tails of every dimension, with shared heads, in any layout, and the same
+bits with any number of threads."""
 
 from __future__ import annotations
 
