@@ -77,6 +77,7 @@ static void forward_task(void *context, int64_t thread, int64_t threads) {
         const factor q = rows_of(a, &a->q, b, head);
         for (int64_t block = 0; block < blocks; block++) {
             pack_transposed(&q, block * BLOCK, query);
+            expect_result(j, &a->y, b, head, block);
             make_weights(keys, steps, query, block, (float)a->scale, weights, &of);
             for (int64_t s = 0; s < steps; s++) {
                 const place to = place_of(a, &a->y, b, head, block, s);
@@ -134,6 +135,8 @@ static void query_block(const attention_job *j, const backward_room *f, int64_t 
     query_rows of;
     kept_rows(a, unit, block, &of);
     find_delta(&dy, &y, block * BLOCK, of.delta);
+    expect_rows(&y, (block + 1) * BLOCK);
+    expect_result(j, &a->dq, b, head, block);
     pack_transposed(&q, block * BLOCK, f->query);
     pack_transposed(&dy, block * BLOCK, f->dy);
     for (int64_t i = block + 1; i >= 0; i--) {
@@ -178,6 +181,8 @@ static void backward_head(const attention_job *j, const backward_room *f, int64_
     const factor q = rows_of(a, &a->q, b, head), dy = rows_of(a, &a->dy, b, head);
     pack_positions(j, &q, f->queries);
     pack_positions(j, &dy, f->dys);
+    const factor y = rows_of(a, &a->y, b, head);
+    expect_rows(&y, 0);
     for (int64_t first = 0, last; first < j->blocks; first = last) {
         last = at_most(first + f->room, j->blocks);
         for (int64_t block = first; block < last; block++) query_block(j, f, unit, block, block - first);

@@ -48,9 +48,26 @@ static place place_of(const attention_args *a, const head_rows *x, int64_t b, in
     return (place){values, x->row, at_most(a->T - block * BLOCK, BLOCK), a->D - step * BLOCK};
 }
 
+/* Rows that are read soon: each is too short to be found out as a stream. */
+static void expect_rows(const factor *f, int64_t row) {
+    for (int64_t r = row; r < at_most(row + BLOCK, f->rows); r++)
+        for (int64_t c = 0; c < f->columns; c += 32) _mm_prefetch((const char *)(f->values + r * f->stride + c), _MM_HINT_T1);
+}
+
+/* A block of a result is written soon. */
+static void expect_result(const attention_job *j, const head_rows *x, int64_t b, int64_t head, int64_t block) {
+    for (int64_t s = 0; s < j->steps; s++) {
+        const place to = place_of(j->args, x, b, head, block, s);
+        expect_block(&to);
+    }
+}
+
 /* All rows as a left factor over channels, [block][step]. */
 static void pack_rows(const attention_job *j, const factor *f, uint16_t *out) {
-    for (int64_t i = 0; i < j->blocks; i++) pack_left(f, i * BLOCK, out + i * j->steps * STEP);
+    for (int64_t i = 0; i < j->blocks; i++) {
+        expect_rows(f, (i + 1) * BLOCK);
+        pack_left(f, i * BLOCK, out + i * j->steps * STEP);
+    }
 }
 
 /* As a right factor over positions: panels of channels, [step][block]. */
