@@ -1,14 +1,18 @@
 /* Causal attention over bfloat16 with AMX, forward and backward (arXiv:2205.14135, algorithms 1 and 4, in the caches of a core).
  *
- *     p = softmax(scale q k^T)    y = p v    logsumexp = log of the sum of exp(scale q k^T)
+ *     p = softmax(scale q k^T)    y = p v
  *     dv = p^T dy    ds = p (dy v^T - delta)    delta = sum of dy y    dq = scale ds k    dk = scale ds^T q
  *
- * A unit of work is one query head of one row of the batch; backward, all of those that share keys and values, but for the last few. What is above the diagonal by whole blocks of 32 is never made; scores and
- * probabilities of one block of queries, or backward of a few, are all there is of them, in the second-level cache. Sums are float32,
- * p and ds are rounded to bfloat16 as factors of the next product. The heads that share keys and values each sum their dK and dV, which are
- * then added up in the heads' order, whoever made them: no result depends on the number of threads.
+ * A unit of work is a query head; backward it is all those that share keys and values, but for the last few. Blocks of 32 by 32 above
+ * the diagonal are never made. Of the others there are, in the second-level cache, forward those of one block of queries, backward of
+ * a few. Sums are float32; p and ds are rounded to bfloat16 as factors of the next product. The heads that share keys and values each
+ * sum their dK and dV, which are then added up in the heads' order, whoever made them: no result depends on the number of threads.
  *
- * Flops: 2 products forward and 5 backward, each B heads T^2 D (1 + 32 / T), that is two for each score and channel. */
+ * Flops: 2 products forward and 5 backward, each of B heads T^2 D (1 + 32 / T). For B = 4, 9 heads of 64 on 3, T = 256 that is 0.34 and
+ * 0.85 Gflop: 0.17 and 0.42 ms on two cores at 1 Tflop/s each. Measured there: 0.8 to 1.1 and 1.6 to 2.5 ms, as busy as the machine was.
+ * By samples: of the forward pass a third is 1.3 million exponentials, a quarter packing, turning and writing; of the backward pass a
+ * fifth and a third. The rest are products, two steps long over 64 channels: each waits for its first tiles and its last sums longer
+ * than it multiplies. Fetching those tiles, or the places that are written, still earlier did not help. */
 #include "attention.h"
 
 #if defined(__x86_64__) && defined(__linux__)
