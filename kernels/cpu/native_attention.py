@@ -49,8 +49,8 @@ def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
 def faster_than_vendor(T: int, backward: bool) -> bool:
     """Whether T positions are attended to here, or by torch; with the backward pass or without.
 
-    Measured on two cores, times over torch's forward: 32 to 512 positions 0.4 to 0.8 (64 of 32 heads of 128: up to 1.0), 1024 to 8192
-    0.4 to 0.9; 16 positions 1.0 to 1.25. The backward pass takes 0.05 to 0.3 of the products with torch.bmm.
+    Measured on two cores, times over torch's forward: 32 to 512 positions 0.4 to 0.8 (64 of 32 heads of 128: up to 1.0), 1024 to
+    8192 0.4 to 0.9; 16 positions 1.0 to 1.25. The backward pass takes 0.05 to 0.3 of the products with torch.bmm.
     """
     return backward or T >= _POSITIONS
 
