@@ -7,6 +7,7 @@ import torch
 
 if find_spec("._native", __package__) is not None:
     from . import native as engine
+    from . import native_attention as attention_engine
     from . import native_linear as linear_engine
     from . import native_lora as lora_engine
     from .native import multi_lora_add
@@ -26,6 +27,8 @@ else:
     from .pytorch_spec_verify import tree_attention, verify_draft_tokens, verify_draft_tree
     from .pytorch_swiglu import swiglu, swiglu_backward
 
+    attention_engine = None  # type: ignore[assignment]
+
 quantize_4bit = engine.quantize_4bit
 dequantize_4bit = engine.dequantize_4bit
 double_quantize = engine.double_quantize
@@ -39,6 +42,7 @@ lora_linear_group = lora_engine.lora_linear_group
 lora_linear_group_backward = lora_engine.lora_linear_group_backward
 
 __all__ = [
+    "attention_engine",
     "dense_linear",
     "dequantize_4bit",
     "describe",
