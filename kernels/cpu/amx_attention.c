@@ -21,12 +21,8 @@
 BEGIN_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16,prfchw")
 #include "amx_attention.h"
 
-/* Tiles take subnormal numbers for zeros; so does what is between them, which would else wait for each one. */
-enum { SUBNORMALS_ARE_ZERO = 0x8040 };
 /* Blocks of p and of ds that wait for dV and dK: half a MiB. */
 enum { WAITING = 128, FEWEST_QUERIES = 4 };
-
-static int64_t take_unit(attention_job *j) { return __atomic_fetch_add(&j->next, 1, __ATOMIC_RELAXED); }
 
 static void product(const uint16_t *left, int64_t steps, const uint16_t *right, float *sums) {
     clear_sums();
@@ -56,6 +52,7 @@ static void make_weights(const uint16_t *keys, int64_t steps, const uint16_t *qu
 }
 
 static void forward_task(void *context, int64_t thread, int64_t threads) {
+    (void)thread, (void)threads;
     attention_job *j = context;
     const attention_args *a = j->args;
     const int64_t blocks = j->blocks, steps = j->steps, all = blocks * steps * STEP, group = a->heads / a->kv_heads;
@@ -70,7 +67,7 @@ static void forward_task(void *context, int64_t thread, int64_t threads) {
     const unsigned before = _mm_getcsr();
     _mm_setcsr(before | SUBNORMALS_ARE_ZERO);
     configure_tiles(16, 16);
-    for (int64_t unit, packed = -1; (unit = take_unit(j)) < a->B * a->heads; (void)thread, (void)threads) {
+    for (int64_t unit, packed = -1; (unit = take_unit(&j->next)) < a->B * a->heads;) {
         const int64_t b = unit / a->heads, head = unit % a->heads;
         if (unit / group != packed) {
             const factor k = rows_of(a, &a->k, b, head / group), v = rows_of(a, &a->v, b, head / group);
@@ -211,6 +208,7 @@ static void put_shared(const attention_job *j, int64_t shared, float *sums) {
 }
 
 static void backward_task(void *context, int64_t thread, int64_t threads) {
+    (void)thread, (void)threads;
     attention_job *j = context;
     const attention_args *a = j->args;
     const int64_t all = 2 * j->blocks * j->steps * SUMS, group = a->heads / a->kv_heads;
@@ -224,7 +222,7 @@ static void backward_task(void *context, int64_t thread, int64_t threads) {
     const unsigned before = _mm_getcsr();
     _mm_setcsr(before | SUBNORMALS_ARE_ZERO);
     configure_tiles(16, 16);
-    for (int64_t unit, packed = -1; (unit = take_unit(j)) < j->units; (void)thread, (void)threads) {
+    for (int64_t unit, packed = -1; (unit = take_unit(&j->next)) < j->units;) {
         const int64_t part = unit - j->whole, shared = part < 0 ? unit : j->whole + part / group;
         if (shared != packed) pack_shared(j, &f, shared);
         packed = shared;

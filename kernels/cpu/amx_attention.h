@@ -7,7 +7,7 @@
 #ifndef POSTTRAIN_AMX_ATTENTION_H
 #define POSTTRAIN_AMX_ATTENTION_H
 
-#include "amx_gemm.h"
+#include "amx_base.h"
 #include "attention.h"
 #include "exp512.h"
 

@@ -202,6 +202,8 @@ static void product_task(void *context, int64_t thread, int64_t threads) {
     }
     const factor hidden = {.values = a->hidden, .stride = a->H, .rows = a->N, .columns = a->H};
     float tops[BLOCK], scale[BLOCK] __attribute__((aligned(64)));
+    const unsigned before = _mm_getcsr();
+    _mm_setcsr(before | SUBNORMALS_ARE_ZERO);
     configure_tiles(16, 16);
     for (int64_t b; (b = j->first_block + take_unit(&j->next)) < j->last_block;) {
         row_state *s = &j->rows[b - j->first_block];
@@ -228,6 +230,7 @@ static void product_task(void *context, int64_t thread, int64_t threads) {
         }
     }
     _tile_release();
+    _mm_setcsr(before);
 }
 
 /* direction = (1 - p) W[label] - the others' e_v W_v / sum e. */

@@ -4,6 +4,9 @@
 
 #include <immintrin.h>
 
+/* Of MXCSR. Tiles take subnormal numbers for zeros; so does what is between them, which would else wait for each one. */
+enum { SUBNORMALS_ARE_ZERO = 0x8040 };
+
 /* exp(-104) is less than half of the smallest float: what lies below need not be told apart. A NaN stays. */
 static inline __m512 at_least_104(__m512 x) { return _mm512_max_ps(_mm512_set1_ps(-104.0f), x); }
 
