@@ -153,19 +153,21 @@ def test_missing_files(capsys, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 2 is not JSON"),
-        ("[]", "line 2: expected an object, found list"),
-        ('{"prompt": "a"}', "line 2: expected"),
-        ('{"prompt": "a", "choices": ["b", ""], "answer": 0}', "line 2"),
-        ('{"prompt": "a", "choices": ["b"], "answer": "c"}', "neither"),
-        ('{"prompt": "a", "choices": ["b"], "answer": 1}', "neither"),
+        ("{", "items.jsonl:2: not JSON"),
+        ("[]", "items.jsonl:2: a JSON list"),
+        ('{"prompt": "a"}', "items.jsonl:2: expected"),
+        ('{"prompt": "a", "choices": ["b", ""], "answer": 0}', "items.jsonl:2"),
+        ('{"prompt": "a", "choices": null, "answer": 0}', "items.jsonl:2"),
+        ('{"prompt": "a", "choices": ["b"], "answer": "c"}', "items.jsonl:2"),
+        ('{"prompt": "a", "choices": ["b"], "answer": 1}', "items.jsonl:2"),
         ('{"prompt": "a", "answer": "b"}', "two files"),
+        ('{"prompt": "a", "answer": null}', "expected text or a number"),
+        ('{"prompt": "a", "answer": " "}', "expected text or a number"),
     ],
 )
 def test_bad_evaluation_data_names_the_line(capsys, tmp_path, line, message) -> None:
-    data = tmp_path / "data.jsonl"
+    data = tmp_path / "items.jsonl"
     data.write_text('{"prompt": "a", "choices": [" b", " c"], "answer": " c"}\n' + line + "\n")
-    message = message.replace("neither", "line 2")
     assert_one_error(run(capsys, "evaluate", "--model", "offline", "--data", data), message)
 
 
@@ -268,12 +270,19 @@ def test_sft_merge_quantize_evaluate_together(capsys, tmp_path) -> None:
     saved = tmp_path / "merged.jsonl"
     code, out, _ = run(capsys, "evaluate", "--model", merged, "--data", items, "--save", saved)
     assert code == 0 and "(4 of 4)" in out
-    assert [json.loads(line) for line in saved.read_text().splitlines()] == [{"prediction": 1, "correct": True}] * 4
+    answers = [json.loads(line) for line in saved.read_text().splitlines()]
+    assert [answer.pop("item") for answer in answers] == list(dict.fromkeys(json.loads(x)["item"] for x in saved.open()))
+    assert answers == [{"prediction": 1, "correct": True}] * 4
     with_adapter = ["evaluate", "--model", "offline", "--adapter", adapter, "--data", items, "--compare", saved]
     code, out, _ = run(capsys, *with_adapter)
     assert code == 0 and "no difference can be claimed" in out and "n = 4" in out
-    saved.write_text(saved.read_text() + '{"prediction": 0, "correct": false}\n')
+    lines = saved.read_text().splitlines(keepends=True)
+    saved.write_text("".join([lines[1], lines[0], *lines[2:]]))
+    assert_one_error(run(capsys, *with_adapter), "merged.jsonl:1: not this run's item 1")
+    saved.write_text("".join(lines) + '{"item": "0", "prediction": 0, "correct": false}\n')
     assert_one_error(run(capsys, *with_adapter), "5 answers", "4")
+    saved.write_text('{"prediction": 0, "correct": false}\n')
+    assert_one_error(run(capsys, *with_adapter), '"item"', "write it again")
 
     # The adapter knows its base: another one is refused, unless it is said that any will do.
     other_base = ["generate", "--model", merged, "--adapter", adapter, "--prompt", "a", "--max-new-tokens", 1]
