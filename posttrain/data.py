@@ -45,7 +45,7 @@ def read_jsonl(path: str | os.PathLike, kinds: str = KINDS) -> Iterator[tuple[in
     in UTF-8, or has a column twice; `kinds` says in it which columns are expected."""
     path = Path(path)
     if not path.is_file():
-        problem = "is a folder" if path.is_dir() else "does not exist"
+        problem = "is a folder" if path.is_dir() else "is no ordinary file" if path.exists() else "does not exist"
         raise PosttrainError(f"{path} {problem}; expected a JSON Lines file with {kinds} on every line")
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):

@@ -162,7 +162,6 @@ def test_missing_files(capsys, tmp_path) -> None:
         ('{"prompt": "a", "choices": ["b"], "answer": 1}', "items.jsonl:2"),
         ('{"prompt": "a", "answer": "b"}', "two files"),
         ('{"prompt": "a", "answer": null}', "expected text or a number"),
-        ('{"prompt": "a", "answer": " "}', "expected text or a number"),
     ],
 )
 def test_bad_evaluation_data_names_the_line(capsys, tmp_path, line, message) -> None:
@@ -177,6 +176,20 @@ def test_debug_shows_the_traceback() -> None:
     assert plain.returncode == debug.returncode == 1
     assert plain.stderr.startswith("posttrain generate: error: no model folder") and plain.stderr.count("\n") == 1
     assert "Traceback" in debug.stderr and "PosttrainError" in debug.stderr
+
+
+def test_errors_that_torch_raises_are_one_line(capsys, monkeypatch) -> None:
+    for problem, parts in (
+        ("CUDA out of memory. Tried to allocate 2.00 GiB", ["out of memory; a smaller --batch-size", "2.00 GiB"]),
+        ("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: not enough memory", ["out of memory; a smaller --batch-size"]),
+        ("an operator\nand its trouble", ["an operator and its trouble", "POSTTRAIN_DEBUG=1 shows where"]),
+    ):
+
+        def trouble(problem: str = problem) -> None:
+            raise RuntimeError(problem)
+
+        monkeypatch.setattr(cli.doctor, "inspect_machine", trouble)
+        assert_one_error(run(capsys, "doctor"), *parts)
 
 
 def test_interrupt_is_exit_code_130(capsys, monkeypatch) -> None:
@@ -257,6 +270,11 @@ def test_sft_merge_quantize_evaluate_together(capsys, tmp_path) -> None:
     merge = ["merge-adapter", "--model", "offline", "--adapter", adapter, "--output", merged, "--dtype", "fp32"]
     assert run(capsys, *merge)[0] == 0
     assert_one_error(run(capsys, *merge), "--force")
+    weights = (merged / "model.safetensors").read_bytes()
+    onto_itself = ["merge-adapter", "--model", merged, "--adapter", adapter, "--output", merged, "--any-base", "--force"]
+    assert_one_error(run(capsys, *onto_itself), "is the model itself")
+    assert_one_error(run(capsys, *merge, "--output", data, "--force"), "is a file; give --output a folder")
+    assert (merged / "model.safetensors").read_bytes() == weights
     assert run(capsys, *merge, "--force")[0] == 0
     code, out, _ = run(capsys, "quantize", "--model", merged, "--output", small)
     bits = re.search(r"at (\d\.\d+) bits each", out)

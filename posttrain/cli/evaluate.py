@@ -59,6 +59,8 @@ def run(args: argparse.Namespace) -> None:
         if args.save or args.compare:
             raise PosttrainError("--save and --compare are for --task and --data: a perplexity has no items to pair")
         return _perplexity(args)
+    if args.shots < 0:
+        raise PosttrainError(f"--shots {args.shots}: expected 0 or more")
     rows = [] if args.data is None else read_rows(args.data)[: args.limit]
     asked = [_digest(row) for row in rows] if args.task is None else _task_digests(args)
     before = None if args.compare is None else read_answers(args.compare, asked)
@@ -113,7 +115,7 @@ def read_rows(path: str) -> list[dict[str, Any]]:
                 row["answer"] = choices.index(answer)
             elif not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
                 raise PosttrainError(f'{where}: "answer" is {answer!r}; expected one of the choices, or its index')
-        elif isinstance(row["answer"], bool) or not isinstance(row["answer"], str | int | float) or not str(row["answer"]).strip():
+        elif isinstance(row["answer"], bool) or not isinstance(row["answer"], str | int | float):
             raise PosttrainError(f'{where}: "answer" is {json.dumps(row["answer"])}; expected text or a number to be written')
         if rows and ("choices" in row) != ("choices" in rows[0]):
             raise PosttrainError(f'{where}: some items have "choices" and some do not; put them into two files')
@@ -126,7 +128,7 @@ def read_rows(path: str) -> list[dict[str, Any]]:
 def read_answers(path: str, asked: Sequence[str]) -> list[bool]:
     """`correct` of each line of a file that --save wrote. PosttrainError where it answers other items than `asked`, by their
     digests: pairs of different questions would be compared."""
-    answers = []
+    answers: list[bool] = []
     for number, row in read_jsonl(path, SAVED):
         if not isinstance(row.get("correct"), bool) or not isinstance(row.get("item"), str):
             raise PosttrainError(f"{path}:{number}: expected {SAVED} as --save writes it; write it again")
