@@ -115,8 +115,8 @@ def checkpoints(folder: str | os.PathLike) -> list[Path]:
 
 
 def keep_last(folder: str | os.PathLike, count: int) -> None:
-    """Delete all but the last `count` checkpoints in `folder`."""
-    for path in checkpoints(folder)[:-count]:
+    """Delete all but the last `count` checkpoints in `folder`, and what a kill left of others half written."""
+    for path in (*checkpoints(folder)[:-count], *Path(folder).glob(".checkpoint-*.tmp")):
         shutil.rmtree(path)
 
 

@@ -70,8 +70,11 @@ def test_only_whole_checkpoints_count_and_the_last_are_kept(tmp_path):
     (tmp_path / "checkpoint-11").mkdir()
     (tmp_path / "checkpoint-x").mkdir()
     assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-9", "checkpoint-10"]
+    (tmp_path / ".checkpoint-4.abc.tmp").mkdir()
+    (tmp_path / ".checkpoint-4.abc.tmp" / "half").write_text("of what a kill stopped")
     keep_last(tmp_path, 2)
     assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10"]
+    assert not list(tmp_path.glob(".*"))
     assert checkpoints(tmp_path / "absent") == []
 
 
