@@ -9,6 +9,16 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from posttrain.errors import PosttrainError
+
+
+def _make_folder(folder: Path) -> None:
+    """`folder` and those above it. PosttrainError where one of them is a file."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise PosttrainError(f"{folder} is a file, or lies below one; give the path of a folder") from error
+
 
 def _sync_folder(folder: Path) -> None:
     """Make a rename in `folder` durable (a no-op where folders cannot be opened, as on Windows)."""
@@ -26,8 +36,8 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
 
     The file's bytes reach the disk before the rename, so a reader sees the old file or the new one, never a part.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = Path(path).resolve()  # through a link to where the bytes are to be, which may be another disk
+    _make_folder(path.parent)
     fd, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     os.close(fd)
     temporary = Path(name)
@@ -49,8 +59,8 @@ def atomic_dir(path: str | os.PathLike) -> Iterator[Path]:
     A folder already at `path` changes places with it in one step where the system can (Linux); elsewhere it is moved
     aside first, put back if that fails, and deleted last: at every moment one whole copy exists.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = Path(path).resolve()  # through a link to where the bytes are to be, which may be another disk
+    _make_folder(path.parent)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     try:
         yield temporary

@@ -115,8 +115,8 @@ def checkpoints(folder: str | os.PathLike) -> list[Path]:
 
 
 def keep_last(folder: str | os.PathLike, count: int) -> None:
-    """Delete all but the last `count` checkpoints in `folder`."""
-    for path in checkpoints(folder)[:-count]:
+    """Delete all but the last `count` checkpoints in `folder`, and what a kill left of others half written."""
+    for path in (*checkpoints(folder)[:-count], *Path(folder).glob(".checkpoint-*.tmp")):
         shutil.rmtree(path)
 
 
@@ -124,9 +124,12 @@ def read_state(path: str | os.PathLike) -> dict[str, Any]:
     """trainer_state.json of a checkpoint. PosttrainError where it is missing or damaged."""
     file = Path(path) / STATE
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        state = json.loads(file.read_text(encoding="utf-8"))
+        if missing := {"step", "random_states"} - set(state):
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise PosttrainError(f"{file} cannot be read ({error}); resume from another checkpoint") from error
+    return state
 
 
 def _read(path: Path) -> dict[str, Tensor]:

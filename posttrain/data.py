@@ -42,26 +42,35 @@ class Example:
 
 def read_jsonl(path: str | os.PathLike, kinds: str = KINDS) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, object) of every line that is not blank. PosttrainError names the line that is not a JSON object
-    in UTF-8; `kinds` says in it which columns are expected."""
+    in UTF-8, or has a column twice; `kinds` says in it which columns are expected."""
     path = Path(path)
     if not path.is_file():
-        problem = "is a folder" if path.is_dir() else "does not exist"
+        problem = "is a folder" if path.is_dir() else "is no ordinary file" if path.exists() else "does not exist"
         raise PosttrainError(f"{path} {problem}; expected a JSON Lines file with {kinds} on every line")
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"), object_pairs_hook=_object)
             except UnicodeDecodeError as error:
                 raise PosttrainError(
                     f"{path}:{number}: not UTF-8 (byte {error.start}); save the file as UTF-8"
                 ) from error
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise PosttrainError(f"{path}:{number}: not JSON: {error}; expected one object a line") from error
             if not isinstance(row, dict):
                 raise PosttrainError(f"{path}:{number}: a JSON {type(row).__name__}; expected an object with {kinds}")
             yield number, row
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys differ. ValueError where one is there twice: which of its values was meant?"""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{json.dumps(next(name for name in row if names.count(name) > 1))} is there twice")
+    return row
 
 
 def load_dataset(

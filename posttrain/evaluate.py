@@ -307,7 +307,7 @@ def _token_logprobs(
 ) -> list[float]:
     """log p(labels[i] | hidden[owners[i]]); hidden (M, D), owners non-decreasing, default 0..M-1.
 
-    Softmax in float32 over the logits of _HEAD_ROWS positions at a time.
+    Softmax in float32 over the logits of _HEAD_ROWS positions at a time. ValueError where it has no value.
     """
     wanted = torch.as_tensor(labels, device=hidden.device)
     owner = torch.as_tensor(range(len(labels)) if owners is None else owners, device=hidden.device)
@@ -317,7 +317,13 @@ def _token_logprobs(
         mine = (owner >= start) & (owner < start + _HEAD_ROWS)
         rows = owner[mine] - start
         parts.append(logits[rows, wanted[mine]].double() - logits.logsumexp(-1)[rows].double())
-    return torch.cat(parts).tolist()
+    logprobs = torch.cat(parts)
+    if logprobs.isnan().any():
+        raise ValueError(
+            "the model's log-probabilities are not numbers (NaN), so nothing can be measured. Load it in bf16 or fp32 if that was "
+            "fp16; otherwise its weights or its adapter are damaged"
+        )
+    return logprobs.tolist()
 
 
 def _right_padded(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:

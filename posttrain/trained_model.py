@@ -18,11 +18,14 @@ from .trainer import TrainConfig
 def check_lengths(model: CausalLM, adapter: Any, longest: int, max_length: int | None) -> None:
     """PosttrainError where the longest example exceeds max_length, or what the adapter leaves of the model's context."""
     given = adapter if active_adapter(model) is None else model.virtual
-    context = model.config.max_position_embeddings - getattr(given, "num_virtual_tokens", 0)
-    if longest > min(max_length or longest, context):
+    virtual = getattr(given, "num_virtual_tokens", 0)
+    context = model.config.max_position_embeddings - virtual
+    if longest > (room := min(max_length or longest, context)):
+        beside = f" beside {virtual} virtual ones" if virtual else ""
         raise PosttrainError(
-            f"the longest example has {longest} tokens; max_length is {max_length} and the model's context {context}. "
-            "Load the data with that max_length, which says what to do with longer ones"
+            f"the longest example has {longest} tokens; max_length is {max_length or 'not given'} and the model's context holds "
+            f"{max(context, 0)}{beside}. "
+            + (f"Load the data with a max_length of {room}, which names the row or cuts its prompt" if room > 0 else "Take fewer")
         )
 
 

@@ -71,11 +71,13 @@ class TrainConfig:
         at_least = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "save_total_limit": 1}
         at_least |= dict.fromkeys(("max_steps", "warmup_steps", "save_steps", "max_grad_norm", "weight_decay"), 0)
         for name, low in at_least.items():
-            if not getattr(self, name) >= low:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected at least {low}")
+            if not low <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected a finite number of at least {low}")
         for name in ("num_train_epochs", "learning_rate", "loraplus_lr_ratio"):
             if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value}; expected more than 0")
+        if not -(2**42) < self.seed < 2**42:  # each epoch's order has a seed made of it, which torch holds in 64 bits
+            raise ValueError(f"seed is {self.seed}; expected a whole number of at most 12 digits")
         if not 0 <= self.warmup_ratio <= 1:
             raise ValueError(f"warmup_ratio is {self.warmup_ratio}; expected 0 to 1")
         if self.lr_scheduler_type not in ("cosine", "linear", "constant"):
@@ -246,11 +248,22 @@ def begin(folder: Path, model, optimizer, identity: dict, seed: int, resume: boo
             raise PosttrainError(f"{folder} holds {done[-1].name} of an earlier run; resume it (--resume) or give another folder")
         torch.manual_seed(seed)
         return {"step": 0, "tokens": 0, "seconds": 0.0}
-    before = read_state(done[-1])["identity"]
-    if changed := sorted(k for k in before.keys() | identity.keys() if before.get(k) != identity.get(k)):
-        what = "; ".join(f"{k} was {before.get(k)!r} and is {identity.get(k)!r}" for k in changed)
-        raise PosttrainError(f"{done[-1]} belongs to another run: {what}. Set it back, or start in another folder")
+    before = read_state(done[-1]).get("identity", {})
+    if changed := _changes(before, identity):
+        raise PosttrainError(f"{done[-1]} belongs to another run: {'; '.join(changed)}. Set it back, or start in another folder")
     return load_checkpoint(done[-1], model, optimizer)
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What differs, key by key; of settings that are objects themselves (an adapter's), the fields that do."""
+    changes = []
+    for key in sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k)):
+        was, is_ = before.get(key), now.get(key)
+        if isinstance(was, dict) and isinstance(is_, dict):
+            changes += [f"{key}.{change}" for change in _changes(was, is_)]
+        else:
+            changes.append(f"{key} was {was!r} and is {is_!r}")
+    return changes
 
 
 def accumulate(

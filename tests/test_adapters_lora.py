@@ -178,6 +178,7 @@ def test_refused_changes_change_nothing(model):
     for config, message in (
         (LoraConfig(target_modules=["nothing"]), "matches no layer; the model's linear layers end in: .*q_proj"),
         (LoraConfig(target_modules=["q_proj"], exclude_modules=["q_proj"]), "matches no layer"),
+        (LoraConfig(target_modules=["q_proj", "nothing"]), "'nothing' matches no layer"),
         (LoraConfig(target_modules=["q_proj", "embed_tokens"], use_dora=True), "embed_tokens is an embedding: it takes"),
         (LoraConfig(target_modules=["embed_tokens"], r=65), "the rank of model.embed_tokens is 65"),
         (LoraConfig(target_modules=r".*layers\.0\.mlp"), "is a MLP"),

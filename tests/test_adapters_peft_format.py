@@ -210,6 +210,8 @@ def config_with(**changes):
         (config_with(use_qalora=True), "use_qalora is True"),
         (config_with(fan_in_fan_out=True), "fan_in_fan_out is True"),
         (config_with(r=0), "r is 0"),
+        (config_with(rank_pattern=[1]), "of another type than PEFT writes: .*items"),
+        (config_with(lora_alpha="x"), "of another type than PEFT writes: .*str"),
         (config_with(bias="some"), "bias is 'some'"),
         (config_with(init_lora_weights="loftq", loftq_config={"loftq_bits": 4}), "init_lora_weights is 'loftq'"),
         (config_with(init_lora_weights="pissa"), "path_initial_model_for_weight_conversion"),

@@ -11,6 +11,7 @@ import textwrap
 import pytest
 
 from posttrain.atomic import atomic_dir, atomic_write
+from posttrain.errors import PosttrainError
 
 
 def _run(code: str, *args: str) -> int:
@@ -24,6 +25,28 @@ def test_write_replaces(tmp_path):
             temporary.write_text(text)
         assert target.read_text() == text
     assert [p.name for p in target.parent.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("write", [atomic_write, atomic_dir])
+def test_a_file_where_a_folder_must_be(tmp_path, write):
+    (tmp_path / "file").write_text("old")
+    for path in (tmp_path / "file" / "x", tmp_path / "file" / "x" / "y"):
+        with pytest.raises(PosttrainError, match="is a file, or lies below one"), write(path):
+            pass
+    assert (tmp_path / "file").read_text() == "old"
+
+
+@pytest.mark.parametrize("write", [atomic_write, atomic_dir])
+def test_a_link_is_followed_and_stays(tmp_path, write):
+    (tmp_path / "disk" / "there").mkdir(parents=True)
+    target, link = tmp_path / "disk" / "there" / "x", tmp_path / "link"
+    link.symlink_to(target)
+    for text in ("first", "second"):
+        with write(link) as temporary:
+            (temporary / "file" if temporary.is_dir() else temporary).write_text(text)
+        assert link.is_symlink() and not target.is_symlink()
+        assert (target / "file" if target.is_dir() else target).read_text() == text
+        assert list(target.parent.iterdir()) == [target] and {p.name for p in tmp_path.iterdir()} == {"disk", "link"}
 
 
 def test_write_respects_umask(tmp_path):

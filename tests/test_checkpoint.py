@@ -13,7 +13,7 @@ from model_cases import random_model
 
 from posttrain import checkpoint
 from posttrain.adapters import LoraConfig, attach, load_adapter
-from posttrain.checkpoint import checkpoints, keep_last, load_checkpoint, save_checkpoint, trainable
+from posttrain.checkpoint import checkpoints, keep_last, load_checkpoint, read_state, save_checkpoint, trainable
 from posttrain.errors import PosttrainError
 
 IDS = torch.arange(24).view(2, 12)
@@ -70,14 +70,24 @@ def test_only_whole_checkpoints_count_and_the_last_are_kept(tmp_path):
     (tmp_path / "checkpoint-11").mkdir()
     (tmp_path / "checkpoint-x").mkdir()
     assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-9", "checkpoint-10"]
+    (tmp_path / ".checkpoint-4.abc.tmp").mkdir()
+    (tmp_path / ".checkpoint-4.abc.tmp" / "half").write_text("of what a kill stopped")
     keep_last(tmp_path, 2)
     assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10"]
+    assert not list(tmp_path.glob(".*"))
     assert checkpoints(tmp_path / "absent") == []
 
 
 def state_of(model, optimizer):
     tensors = [p.detach().clone() for p in model.parameters()]
     return tensors + [v.clone() for entries in optimizer.state.values() for v in entries.values()]
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"step": 1}', "["])
+def test_a_state_that_is_none_is_named(tmp_path, content):
+    (tmp_path / "trainer_state.json").write_text(content)
+    with pytest.raises(PosttrainError, match=r"trainer_state\.json cannot be read .* resume from another checkpoint"):
+        read_state(tmp_path)
 
 
 @pytest.mark.parametrize("file", ["adapter_model.safetensors", "optimizer.safetensors", "trainer_state.json"])

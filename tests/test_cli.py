@@ -153,19 +153,20 @@ def test_missing_files(capsys, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 2 is not JSON"),
-        ("[]", "line 2: expected an object, found list"),
-        ('{"prompt": "a"}', "line 2: expected"),
-        ('{"prompt": "a", "choices": ["b", ""], "answer": 0}', "line 2"),
-        ('{"prompt": "a", "choices": ["b"], "answer": "c"}', "neither"),
-        ('{"prompt": "a", "choices": ["b"], "answer": 1}', "neither"),
+        ("{", "items.jsonl:2: not JSON"),
+        ("[]", "items.jsonl:2: a JSON list"),
+        ('{"prompt": "a"}', "items.jsonl:2: expected"),
+        ('{"prompt": "a", "choices": ["b", ""], "answer": 0}', "items.jsonl:2"),
+        ('{"prompt": "a", "choices": null, "answer": 0}', "items.jsonl:2"),
+        ('{"prompt": "a", "choices": ["b"], "answer": "c"}', "items.jsonl:2"),
+        ('{"prompt": "a", "choices": ["b"], "answer": 1}', "items.jsonl:2"),
         ('{"prompt": "a", "answer": "b"}', "two files"),
+        ('{"prompt": "a", "answer": null}', "expected text or a number"),
     ],
 )
 def test_bad_evaluation_data_names_the_line(capsys, tmp_path, line, message) -> None:
-    data = tmp_path / "data.jsonl"
+    data = tmp_path / "items.jsonl"
     data.write_text('{"prompt": "a", "choices": [" b", " c"], "answer": " c"}\n' + line + "\n")
-    message = message.replace("neither", "line 2")
     assert_one_error(run(capsys, "evaluate", "--model", "offline", "--data", data), message)
 
 
@@ -175,6 +176,20 @@ def test_debug_shows_the_traceback() -> None:
     assert plain.returncode == debug.returncode == 1
     assert plain.stderr.startswith("posttrain generate: error: no model folder") and plain.stderr.count("\n") == 1
     assert "Traceback" in debug.stderr and "PosttrainError" in debug.stderr
+
+
+def test_errors_that_torch_raises_are_one_line(capsys, monkeypatch) -> None:
+    for problem, parts in (
+        ("CUDA out of memory. Tried to allocate 2.00 GiB", ["out of memory; a smaller --batch-size", "2.00 GiB"]),
+        ("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: not enough memory", ["out of memory; a smaller --batch-size"]),
+        ("an operator\nand its trouble", ["an operator and its trouble", "POSTTRAIN_DEBUG=1 shows where"]),
+    ):
+
+        def trouble(problem: str = problem) -> None:
+            raise RuntimeError(problem)
+
+        monkeypatch.setattr(cli.doctor, "inspect_machine", trouble)
+        assert_one_error(run(capsys, "doctor"), *parts)
 
 
 def test_interrupt_is_exit_code_130(capsys, monkeypatch) -> None:
@@ -255,6 +270,11 @@ def test_sft_merge_quantize_evaluate_together(capsys, tmp_path) -> None:
     merge = ["merge-adapter", "--model", "offline", "--adapter", adapter, "--output", merged, "--dtype", "fp32"]
     assert run(capsys, *merge)[0] == 0
     assert_one_error(run(capsys, *merge), "--force")
+    weights = (merged / "model.safetensors").read_bytes()
+    onto_itself = ["merge-adapter", "--model", merged, "--adapter", adapter, "--output", merged, "--any-base", "--force"]
+    assert_one_error(run(capsys, *onto_itself), "is the model itself")
+    assert_one_error(run(capsys, *merge, "--output", data, "--force"), "is a file; give --output a folder")
+    assert (merged / "model.safetensors").read_bytes() == weights
     assert run(capsys, *merge, "--force")[0] == 0
     code, out, _ = run(capsys, "quantize", "--model", merged, "--output", small)
     bits = re.search(r"at (\d\.\d+) bits each", out)
@@ -268,12 +288,19 @@ def test_sft_merge_quantize_evaluate_together(capsys, tmp_path) -> None:
     saved = tmp_path / "merged.jsonl"
     code, out, _ = run(capsys, "evaluate", "--model", merged, "--data", items, "--save", saved)
     assert code == 0 and "(4 of 4)" in out
-    assert [json.loads(line) for line in saved.read_text().splitlines()] == [{"prediction": 1, "correct": True}] * 4
+    answers = [json.loads(line) for line in saved.read_text().splitlines()]
+    assert [answer.pop("item") for answer in answers] == list(dict.fromkeys(json.loads(x)["item"] for x in saved.open()))
+    assert answers == [{"prediction": 1, "correct": True}] * 4
     with_adapter = ["evaluate", "--model", "offline", "--adapter", adapter, "--data", items, "--compare", saved]
     code, out, _ = run(capsys, *with_adapter)
     assert code == 0 and "no difference can be claimed" in out and "n = 4" in out
-    saved.write_text(saved.read_text() + '{"prediction": 0, "correct": false}\n')
+    lines = saved.read_text().splitlines(keepends=True)
+    saved.write_text("".join([lines[1], lines[0], *lines[2:]]))
+    assert_one_error(run(capsys, *with_adapter), "merged.jsonl:1: not this run's item 1")
+    saved.write_text("".join(lines) + '{"item": "0", "prediction": 0, "correct": false}\n')
     assert_one_error(run(capsys, *with_adapter), "5 answers", "4")
+    saved.write_text('{"prediction": 0, "correct": false}\n')
+    assert_one_error(run(capsys, *with_adapter), '"item"', "write it again")
 
     # The adapter knows its base: another one is refused, unless it is said that any will do.
     other_base = ["generate", "--model", merged, "--adapter", adapter, "--prompt", "a", "--max-new-tokens", 1]

@@ -42,7 +42,7 @@ def test_trains_measures_and_resumes(capsys, data, tmp_path):
     code, _, err = run(capsys, *options)
     assert code == 1 and "holds checkpoint-4 of an earlier run" in err
     code, _, err = run(capsys, *options, "--resume")
-    assert code == 1 and "belongs to another run: preference was" in err
+    assert code == 1 and "belongs to another run: preference.loss_type was ['sigmoid', 'sft'] and is 'sigmoid'" in err
 
 
 def test_an_adapter_goes_on(capsys, data, tmp_path):

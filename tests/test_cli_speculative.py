@@ -29,6 +29,8 @@ def test_the_text_is_plain_decodings(capsys):
         (["--speculative", "ngram", "--draft", "offline"], "need nothing trained"),
         (["--speculative", "draft", "--draft", "nowhere"], "no model folder at 'nowhere'"),
         (["--draft", "offline"], "--draft goes with --speculative"),
+        (["--draft-length", "4"], "--draft-length goes with --speculative"),
+        (["--speculative", "ngram", "--draft-quantize", "nf4"], "--draft-quantize goes with --speculative draft"),
     ],
 )
 def test_what_does_not_go_together_is_named(arguments, message, capsys):

@@ -48,6 +48,9 @@ def test_train_and_decode(kind, options, said, data, tmp_path, capsys):
         (["--kind", "draft", "--quantize", "nf4"], "dense weights"),
         (["--kind", "medusa", "--reviews", "0"], "no prompts"),
         (["--kind", "medusa", "--vocab-size", "-1"], "must be 0 or more"),
+        (["--kind", "medusa", "--max-new-tokens", "5000"], "--max-new-tokens 5000 leaves no room for a prompt"),
+        (["--kind", "medusa", "--epochs", "0"], "num_train_epochs is 0"),
+        (["--kind", "medusa", "--learning-rate", "0"], "learning_rate is 0"),
     ],
 )
 def test_what_cannot_be_is_told(options, message, tmp_path, capsys):

@@ -147,6 +147,15 @@ def test_bad_items_are_named(model, items, match) -> None:
         evaluate.choice_accuracy(model, items)
 
 
+def test_a_model_that_gives_nan_is_no_result(model) -> None:
+    broken = copy.deepcopy(model)
+    torch.nn.init.constant_(broken.model.norm.weight, float("nan"))
+    with pytest.raises(ValueError, match="not numbers"):
+        evaluate.choice_accuracy(broken, [ChoiceItem([1, 2], [[1], [2]], 0)])
+    with pytest.raises(ValueError, match="not numbers"):
+        evaluate.perplexity(broken, [1, 2, 3, 4])
+
+
 def test_a_prompt_that_just_fits_is_scored(model, plain_error) -> None:
     item = ChoiceItem([i % VOCAB for i in range(CONTEXT)], [[1], [2]], 0)
     assert_as_good_as_plain(model, [item], evaluate.choice_logprobs(model, [item]), plain_error)

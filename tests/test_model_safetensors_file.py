@@ -116,7 +116,9 @@ def test_a_header_that_lies_is_refused(tmp_path, whole_file, change, message):
         SafetensorsReader(path)
 
 
-@pytest.mark.parametrize("header", [b"{", b"[1]", b"\xff\xfe", b"null", {}])
+@pytest.mark.parametrize(
+    "header", [b"{", b"[1]", b"\xff\xfe", b"null", {}, b"[" * 100_000, {"__metadata__": [1]}, {"__metadata__": {"a": 1}}]
+)
 def test_a_header_that_is_none_is_refused(tmp_path, whole_file, header):
     path = tmp_path / "x"
     path.write_bytes(with_header(whole_file, header))

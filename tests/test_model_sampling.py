@@ -85,3 +85,25 @@ def test_the_same_seed_draws_the_same_tokens():
     logits = torch.randn(8, 100)
     draws = [sample(logits, generator=torch.Generator().manual_seed(seed)) for seed in (3, 3, 4)]
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+
+
+@pytest.mark.parametrize(
+    ("row", "temperature"),
+    [
+        ([0.0, math.nan, 1.0], 0.0),
+        ([0.0, math.nan, 1.0], 1.0),
+        ([-math.inf] * 3, 0.0),
+        ([-math.inf] * 3, 1.0),
+        ([0.0, math.inf, 1.0], 1.0),
+    ],
+)
+@pytest.mark.parametrize("top_k", [0, 2])
+def test_logits_that_give_no_token_are_an_error(row, temperature, top_k):
+    logits = torch.tensor([[1.0, 2.0, 3.0], row])
+    with pytest.raises(ValueError, match=r"no token at temperature .* \(row 1 of the batch, 1 in all\)"):
+        sample(logits, temperature, top_k)
+
+
+def test_a_temperature_too_small_to_divide_by_is_an_error():
+    with pytest.raises(ValueError, match="no token at temperature 1e-300"):
+        sample(torch.tensor([[1.0, 2.0, 3.0]]), 1e-300)

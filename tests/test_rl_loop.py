@@ -125,7 +125,7 @@ def test_a_loss_that_is_not_finite_stops_it(tmp_path):
 
 def test_another_run_is_not_resumed(tmp_path):
     practised(tmp_path, "grpo", max_steps=2)
-    with pytest.raises(PosttrainError, match="belongs to another run: method was"):
+    with pytest.raises(PosttrainError, match=r"belongs to another run: method\."):
         practised(tmp_path, "rloo", max_steps=2, resume=True)
     with pytest.raises(PosttrainError, match="holds checkpoint-2 of an earlier run"):
         practised(tmp_path, "grpo", max_steps=2)

@@ -19,6 +19,8 @@ PROMPTS = [Prompt([1, 2], "one", {"answer": "yes", "level": 3}), Prompt([3], "tw
 
 def test_exact_match():
     assert exact_match(completions=[" yes\n", "yes, indeed", "7"], answer=["yes", "yes", 7], prompts=[]) == [1.0, 0.0, 1.0]
+    with pytest.raises(PosttrainError, match="has no such column"):
+        exact_match(completions=["yes"])
 
 
 def test_regex_match():

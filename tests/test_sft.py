@@ -17,7 +17,7 @@ from small_run import STEPS, examples, settings, small_run
 from tolerance import assert_as_accurate
 
 from posttrain import token_logprobs
-from posttrain.adapters import LoraConfig, adapter_parameters, attach, load_adapter
+from posttrain.adapters import LoraConfig, PromptTuningConfig, adapter_parameters, attach, load_adapter
 from posttrain.data import Example
 from posttrain.errors import PosttrainError
 from posttrain.packing import collate, pack
@@ -147,7 +147,7 @@ def test_another_run_is_not_resumed_and_not_overwritten(tmp_path):
     torch.manual_seed(9)
     with pytest.raises(PosttrainError, match="base was 'sha256:"):
         small_run(tmp_path, max_steps=2, resume=True, model=random_model())
-    with pytest.raises(PosttrainError, match="adapter was .*data was"):
+    with pytest.raises(PosttrainError, match=r"adapter.lora_dropout was 0.2 and is 0.0; adapter\.r was 2 and is 3; .*data was"):
         sft(random_model(), examples(3), settings(tmp_path, max_steps=2), LoraConfig(r=3), resume=True, quiet=True)
 
 
@@ -179,5 +179,8 @@ def test_sequences_that_do_not_fit(tmp_path):
         sft(model, [], settings(tmp_path), LoraConfig())
     for length, limit in ((65, None), (20, 19)):
         ids = list(range(3, 3 + length))
-        with pytest.raises(PosttrainError, match=rf"the longest example has {length} tokens; max_length is {limit}"):
+        with pytest.raises(PosttrainError, match=rf"the longest example has {length} tokens; max_length is {limit or 'not given'}"):
             sft(model, [Example(ids, ids)], settings(tmp_path), LoraConfig(), max_length=limit)
+    ids = list(range(3, 10))
+    with pytest.raises(PosttrainError, match="context holds 0 beside 70 virtual ones. Take fewer"):
+        sft(model, [Example(ids, ids)], settings(tmp_path), PromptTuningConfig(num_virtual_tokens=70))

@@ -40,6 +40,7 @@ def test_the_command_prints_it(capsys):
     assert main(["speculative", "plan", "--alpha", "0.5", "--c", "0.1", "--pass-costs", "1", "1.5", "3"]) == 0
     assert capsys.readouterr().out.splitlines()[1].split()[2] == "0"  # where a longer pass costs that much, no draft pays
     assert main(["speculative", "plan", "--alpha", "1.5", "--c", "0.1"]) == 1
+    assert main(["speculative", "plan", "--alpha", "0.5", "--c", "0", "--pass-costs", "0"]) == 1
     assert "alpha is 1.5; expected" in capsys.readouterr().err
 
 

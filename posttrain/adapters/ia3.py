@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from posttrain.quantized import QuantizedLinear
 
-from .lora_config import LoraConfig, matches
+from .lora_config import LoraConfig, check_patterns, matches
 from .peft_format import PREFIX, read_config
 
 REFUSED = ("fan_in_fan_out",)
@@ -51,6 +51,7 @@ class IA3Config:
         if not self.target_modules:
             raise ValueError("target_modules is empty; expected 'all-linear', a regular expression or a list of names")
         targets, feedforward = self.target_modules, self.feedforward_modules
+        check_patterns(target_modules=targets, feedforward_modules=feedforward, exclude_modules=self.exclude_modules)
         if isinstance(targets, list) and isinstance(feedforward, list) and (extra := sorted(set(feedforward) - set(targets))):
             raise ValueError(f"feedforward_modules {', '.join(extra)} are not among target_modules {targets}")
 

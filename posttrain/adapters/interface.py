@@ -133,7 +133,18 @@ def attach(model: nn.Module, config: Any, name: str = "default", *, dtype: torch
     where it does not fit the model.
     """
     _check_new(model, config, name)
-    return _attach(model, _method(config).resolve(model, config), name, dtype, None)
+    config = _method(config).resolve(model, config)
+    _check_targets(model, config)
+    return _attach(model, config, name, dtype, None)
+
+
+def _check_targets(model: nn.Module, config: Any) -> None:
+    """ValueError naming what is listed in target_modules and ends the name of no layer. (A file's list may hold such names, as
+    PEFT's do: there the tensors say where the adapter is.)"""
+    targets = getattr(config, "target_modules", "")
+    layers = [f".{name}" for name, _ in model.named_modules()]
+    if lost := [t for t in targets if not any(layer.endswith(f".{t}") for layer in layers)] if isinstance(targets, list) else []:
+        raise ValueError(f"target_modules={targets!r}: {', '.join(map(repr, lost))} matches no layer; leave it out or correct it")
 
 
 def _attach(model: nn.Module, config: Any, name: str, dtype: torch.dtype | None, tensors: dict[str, Tensor] | None) -> list[str]:

@@ -30,6 +30,16 @@ BIASES = ("none", "all", "lora_only")
 LOFTQ = {"loftq_bits": 4, "loftq_iter": 1, "quant_type": "nf4", "block_size": 64, "double_quant": True}
 
 
+def check_patterns(**values: object) -> None:
+    """ValueError naming the field whose text is no regular expression."""
+    for name, value in values.items():
+        try:
+            if isinstance(value, str):
+                re.compile(value)
+        except re.error as error:
+            raise ValueError(f"{name} is {value!r}, which is no regular expression: {error}") from error
+
+
 def _by_pattern(pattern: dict, name: str, default):
     return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), default)
 
@@ -88,6 +98,10 @@ class LoraConfig:
         for name, r in ranks.items():
             if not isinstance(r, int) or isinstance(r, bool) or r <= 0:
                 raise ValueError(f"{name} is {r!r}; a rank is a whole number of at least 1")
+        alphas = {"lora_alpha": self.lora_alpha, **{f"alpha_pattern[{k!r}]": v for k, v in self.alpha_pattern.items()}}
+        for name, alpha in alphas.items():
+            if not math.isfinite(alpha) or not alpha:
+                raise ValueError(f"{name} is {alpha}; expected a finite number other than 0, which scales the update")
         if not 0.0 <= self.lora_dropout < 1.0:
             raise ValueError(f"lora_dropout is {self.lora_dropout}; expected 0 <= lora_dropout < 1")
         init = self.init_lora_weights
@@ -108,6 +122,9 @@ class LoraConfig:
         self._check_loftq()
         if not self.target_modules:
             raise ValueError("target_modules is empty; expected 'all-linear', a regular expression or a list of names")
+        check_patterns(target_modules=self.target_modules, exclude_modules=self.exclude_modules)
+        for pattern in (*self.rank_pattern, *self.alpha_pattern):
+            check_patterns(**{"a key of rank_pattern or alpha_pattern": pattern})
         if isinstance(self.target_modules, str) and (self.layers_to_transform is not None or self.layers_pattern):
             raise ValueError("layers_to_transform and layers_pattern need target_modules to be a list, not a string")
         if self.layers_pattern and self.layers_to_transform is None:

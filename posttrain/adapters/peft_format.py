@@ -54,8 +54,10 @@ def read_config(
             warnings.warn(f"{source}: unknown field {key}={content[key]!r} is passed over", stacklevel=2)
     try:
         return kind(**{k: v for k, v in content.items() if k in known and v is not None})
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise PosttrainError(f"{source}: {error}") from error
+    except (TypeError, AttributeError) as error:
+        raise PosttrainError(f"{source}: a field in {CONFIG_FILE} is of another type than PEFT writes: {error}") from error
 
 
 def write_adapter(

@@ -7,7 +7,9 @@ Exit codes: 0 done, 1 an error (one line on stderr; POSTTRAIN_DEBUG=1 shows the 
 from __future__ import annotations
 
 import argparse
+import errno
 import os
+import re
 import sys
 from collections.abc import Sequence
 
@@ -81,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader (head, less) has gone: nobody is left to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (PosttrainError, ValueError, TypeError, OSError, MemoryError, ImportError) as error:
+    except (PosttrainError, ValueError, TypeError, OSError, MemoryError, ImportError, RuntimeError) as error:
         if os.environ.get("POSTTRAIN_DEBUG"):
             raise
         print(f"{args.prog}: error: {_one_line(error)}", file=sys.stderr)
@@ -90,6 +92,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _one_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"{error.strerror}; what was written before is whole: make room and run the command again"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename is not None else error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, MemoryError) or re.search("out of memory|not enough memory|can't allocate memory", text):
+        return f"out of memory; a smaller --batch-size, --max-length or --window needs less, and so does --quantize nf4 ({text})"
+    if isinstance(error, RuntimeError) and not isinstance(error, PosttrainError):  # torch's, about what nobody here foresaw
+        return f"{text} (POSTTRAIN_DEBUG=1 shows where)"
+    return text

@@ -12,17 +12,22 @@ that one (McNemar's exact test), or how many items it would take to tell.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posttrain.cli.common import add_model_arguments, load_model, positive_int, progress_bar
+from posttrain.data import read_jsonl
 from posttrain.errors import PosttrainError
 
 if TYPE_CHECKING:
     from posttrain.evaluate import Accuracy, ChoiceItem
     from posttrain.model.tokenizer import Tokenizer
 
+ITEMS = '"prompt", "answer" and, for a choice, "choices"'
+SAVED = '"item", "prediction" and "correct"'
 HELP = "measure accuracy or perplexity, compare two models"
 EXAMPLES = """\
 examples:
@@ -54,8 +59,11 @@ def run(args: argparse.Namespace) -> None:
         if args.save or args.compare:
             raise PosttrainError("--save and --compare are for --task and --data: a perplexity has no items to pair")
         return _perplexity(args)
+    if args.shots < 0:
+        raise PosttrainError(f"--shots {args.shots}: expected 0 or more")
     rows = [] if args.data is None else read_rows(args.data)[: args.limit]
-    before = None if args.compare is None else read_answers(args.compare)
+    asked = [_digest(row) for row in rows] if args.task is None else _task_digests(args)
+    before = None if args.compare is None else read_answers(args.compare, asked)
     model, tokenizer = load_model(args)
     from posttrain import evaluate
 
@@ -75,11 +83,9 @@ def run(args: argparse.Namespace) -> None:
     if before is not None:
         from posttrain.statistics import compare
 
-        if len(before) != result.n:
-            raise PosttrainError(f"{args.compare} has {len(before)} answers and this run {result.n}: other items")
         print(compare(before, result.correct, Path(args.compare).stem, "this model"))
     if args.save is not None:
-        _save_answers(args.save, result)
+        _save_answers(args.save, asked, result)
 
 
 def _perplexity(args: argparse.Namespace) -> None:
@@ -96,12 +102,12 @@ def _perplexity(args: argparse.Namespace) -> None:
 def read_rows(path: str) -> list[dict[str, Any]]:
     """The items of a JSONL file: all with choices, or all without. Errors name the line."""
     rows: list[dict[str, Any]] = []
-    for number, row in _json_lines(path):
-        where = f"{path}, line {number}"
+    for number, row in read_jsonl(path, ITEMS):
+        where = f"{path}:{number}"
         if not isinstance(row.get("prompt"), str) or "answer" not in row:
             raise PosttrainError(f'{where}: expected "prompt" (text) and "answer", found {sorted(row)}')
-        choices = row.get("choices")
-        if choices is not None:
+        if "choices" in row:
+            choices = row["choices"]
             if not isinstance(choices, list) or not choices or not all(isinstance(c, str) and c for c in choices):
                 raise PosttrainError(f'{where}: "choices" must be a list of texts, none of them empty')
             answer = row["answer"]
@@ -109,6 +115,8 @@ def read_rows(path: str) -> list[dict[str, Any]]:
                 row["answer"] = choices.index(answer)
             elif not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
                 raise PosttrainError(f'{where}: "answer" is {answer!r}; expected one of the choices, or its index')
+        elif isinstance(row["answer"], bool) or not isinstance(row["answer"], str | int | float):
+            raise PosttrainError(f'{where}: "answer" is {json.dumps(row["answer"])}; expected text or a number to be written')
         if rows and ("choices" in row) != ("choices" in rows[0]):
             raise PosttrainError(f'{where}: some items have "choices" and some do not; put them into two files')
         rows.append(row)
@@ -117,14 +125,24 @@ def read_rows(path: str) -> list[dict[str, Any]]:
     return rows
 
 
-def read_answers(path: str) -> list[bool]:
-    """`correct` of each line of a file that --save wrote."""
-    answers = []
-    for number, row in _json_lines(path):
-        if not isinstance(row.get("correct"), bool):
-            raise PosttrainError(f'{path}, line {number}: expected {{"prediction", "correct"}} as --save writes it')
+def read_answers(path: str, asked: Sequence[str]) -> list[bool]:
+    """`correct` of each line of a file that --save wrote. PosttrainError where it answers other items than `asked`, by their
+    digests: pairs of different questions would be compared."""
+    answers: list[bool] = []
+    for number, row in read_jsonl(path, SAVED):
+        if not isinstance(row.get("correct"), bool) or not isinstance(row.get("item"), str):
+            raise PosttrainError(f"{path}:{number}: expected {SAVED} as --save writes it; write it again")
+        if len(answers) < len(asked) and row["item"] != asked[len(answers)]:
+            raise PosttrainError(f"{path}:{number}: not this run's item {len(answers) + 1}; compare answers to the same items")
         answers.append(row["correct"])
+    if len(answers) != len(asked):
+        raise PosttrainError(f"{path} has {len(answers)} answers and this run {len(asked)}: other items")
     return answers
+
+
+def _digest(question: Any) -> str:
+    """What tells one question from another, 16 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def choice_items(rows: list[dict[str, Any]], tokenizer: Tokenizer) -> list[ChoiceItem]:
@@ -141,6 +159,14 @@ def choice_items(rows: list[dict[str, Any]], tokenizer: Tokenizer) -> list[Choic
     ]
 
 
+def _task_digests(args: argparse.Namespace) -> list[str]:
+    """Of the reviews alone: runs with and without shots answer the same questions."""
+    from posttrain import quickstart
+
+    reviews = getattr(quickstart.load_task(args.task), args.split)[: args.limit]
+    return [_digest([review.text, review.label]) for review in reviews]
+
+
 def _task_items(args: argparse.Namespace, tokenizer: Tokenizer) -> list[ChoiceItem]:
     from posttrain import quickstart
 
@@ -148,25 +174,12 @@ def _task_items(args: argparse.Namespace, tokenizer: Tokenizer) -> list[ChoiceIt
     return quickstart.choice_items(splits, args.split, tokenizer, args.shots)[: args.limit]
 
 
-def _save_answers(path: str, result: Accuracy) -> None:
+def _save_answers(path: str, asked: Sequence[str], result: Accuracy) -> None:
     from posttrain.atomic import atomic_write
 
     lines = [
-        json.dumps({"prediction": prediction, "correct": correct})
-        for prediction, correct in zip(result.predictions, result.correct, strict=True)
+        json.dumps({"item": item, "prediction": prediction, "correct": correct})
+        for item, prediction, correct in zip(asked, result.predictions, result.correct, strict=True)
     ]
     with atomic_write(path) as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def _json_lines(path: str):
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    raise PosttrainError(f"{path}, line {number} is not JSON: {error}") from error
-                if not isinstance(row, dict):
-                    raise PosttrainError(f"{path}, line {number}: expected an object, found {type(row).__name__}")
-                yield number, row

@@ -51,6 +51,10 @@ def run(args: argparse.Namespace) -> None:
 
     if args.draft and args.speculative is None:
         raise PosttrainError("--draft goes with --speculative draft, medusa or eagle")
+    if args.draft_length and args.speculative is None:
+        raise PosttrainError("--draft-length goes with --speculative; without it nothing is drafted")
+    if args.draft_quantize and args.speculative != "draft":
+        raise PosttrainError("--draft-quantize goes with --speculative draft, whose model it quantizes")
     from posttrain.model.generate import generate
 
     model, tokenizer = load_model(args)

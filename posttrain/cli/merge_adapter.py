@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> None:
     from posttrain.model.loading import load, save
 
     folder = resolve_model(args.model)
-    output = new_folder(args.output, args.force)
+    output = new_folder(args.output, args.force, folder)
     model = load(folder, dtype=args.dtype)
     load_adapter(model, args.adapter, any_base=args.any_base)
     merge_and_unload(model)

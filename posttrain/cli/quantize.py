@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
     from posttrain.quickstart import storage
 
     folder = resolve_model(args.model)
-    output = new_folder(args.output, args.force)
+    output = new_folder(args.output, args.force, folder)
     model = load(
         folder,
         dtype=args.dtype,
@@ -49,10 +49,14 @@ def run(args: argparse.Namespace) -> None:
     print(f"{output}: {storage(model)}")
 
 
-def new_folder(path: str, force: bool) -> Path:
-    """`path`, checked before any work is done for it."""
+def new_folder(path: str, force: bool, source: Path) -> Path:
+    """`path`, checked before any work is done for it. PosttrainError where it is `source`, the model that is read, as well."""
     folder = Path(path)
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not force):
+    if folder.exists() and not folder.is_dir():
+        raise PosttrainError(f"{folder} is a file; give --output a folder")
+    if folder.exists() and folder.samefile(source):
+        raise PosttrainError(f"{folder} is the model itself, which would be lost; choose another --output")
+    if folder.is_dir() and any(folder.iterdir()) and not force:
         raise PosttrainError(f"{folder} exists; choose another --output, or give --force to replace it")
     return folder
 

@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 from itertools import product
 
+from posttrain.errors import PosttrainError
+
 HELP = "the speedup that acceptance, draft length and cost let expect"
 EXAMPLES = """\
 examples:
@@ -32,6 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from posttrain.speculative.planner import plan
+
+    if not all(0 < cost < float("inf") for cost in args.pass_costs):
+        raise PosttrainError(f"--pass-costs are {args.pass_costs}; expected positive numbers, v(1) being 1")
 
     def v(n: int) -> float:
         return args.pass_costs[min(n, len(args.pass_costs)) - 1]

@@ -95,9 +95,9 @@ def run(args: argparse.Namespace) -> None:
     epochs, rate = RECIPES[args.kind]
     config = TrainConfig(
         output_dir=args.output,
-        num_train_epochs=args.epochs or epochs,
+        num_train_epochs=epochs if args.epochs is None else args.epochs,
         per_device_train_batch_size=args.batch_size,
-        learning_rate=args.learning_rate or rate,
+        learning_rate=rate if args.learning_rate is None else args.learning_rate,
         seed=args.seed,
         save_steps=args.save_steps,
     )
@@ -142,6 +142,10 @@ def continuations(args: argparse.Namespace, model: Any, tokenizer: Any) -> list:
     if not prompts:
         raise PosttrainError("no prompts: give --prompts, --own-prompts or --reviews")
     room = model.context_length - config.max_new_tokens
+    if room < 1:
+        raise PosttrainError(
+            f"--max-new-tokens {config.max_new_tokens} leaves no room for a prompt in the model's context of {model.context_length}"
+        )
     prompts = [prompt[:room] for prompt in prompts]
     with progress_bar("continuing prompts", "prompts") as update:
         examples = continue_prompts(model, prompts, config, () if tokenizer.eos_id is None else (tokenizer.eos_id,), update)

@@ -25,6 +25,8 @@ def packed_linears(checkpoint: Checkpoint) -> dict[str, list[str]]:
     Raises PosttrainError when config.json names a quantization and the tensors are not bitsandbytes' 4-bit ones.
     """
     config = checkpoint.config.get("quantization_config") or {}
+    if not isinstance(config, dict):
+        raise PosttrainError(f"{checkpoint.path}: config.json's quantization_config is {config!r}; expected an object")
     names = checkpoint.names()
     packed: dict[str, list[str]] = {name.split(_STATE)[0]: [] for name in names if _STATE in name}
     if config and (config.get("quant_method", "bitsandbytes") != "bitsandbytes" or not packed):

@@ -33,7 +33,7 @@ def render_with_spans(template: str, messages: Sequence[Message], **variables: A
     mark = secrets.token_hex(16)
     try:
         marked = _compile(template).render(messages=messages, generation_mark=mark, **variables)
-    except (jinja2.TemplateError, TypeError) as error:
+    except (jinja2.TemplateError, TypeError, ArithmeticError, LookupError, AttributeError, RecursionError) as error:
         raise ValueError(f"the chat template cannot render these {len(messages)} messages "
                          f"(roles {[_role(message) for message in messages][:8]}): {error}") from error
     pieces = marked.split(mark)

@@ -113,7 +113,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise PosttrainError(f"{path} does not exist; is {path.parent} a Hugging Face model directory?") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise PosttrainError(f"{path} is not JSON ({error}); download or save it again") from error
     if not isinstance(value, dict):
         raise PosttrainError(f"{path} holds a JSON {type(value).__name__}; expected an object")

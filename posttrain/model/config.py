@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .rope import RopeConfig
+from .rope import RopeConfig, positive_number
 
 # Where the architectures differ when config.json is silent (their own defaults in transformers).
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -84,18 +84,17 @@ class ModelConfig:
         # Written as null, these mean "none", not "the default".
         given.update({key: None for key in ("sliding_window", "num_key_value_heads") if config.get(key, 0) is None})
         sizes = {}
-        for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-            value = given.get(key)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"config.json: {key} is {value!r}; expected a positive integer")
-            sizes[key] = value
+        for key in (
+            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings",
+        ):  # fmt: skip
+            sizes[key] = _positive_int(key, given.get(key))
         if given.get("hidden_act", "silu") not in ("silu", "swish"):
             raise ValueError(f"config.json: hidden_act is {given['hidden_act']!r}; the Llama family uses 'silu'")
         heads = sizes["num_attention_heads"]
-        kv_heads = given["num_key_value_heads"] or heads
+        kv_heads = _positive_int("num_key_value_heads", given["num_key_value_heads"] or heads)
         if heads % kv_heads:
             raise ValueError(f"config.json: {heads} attention heads are not a multiple of {kv_heads} key-value heads")
-        head_dim = given.get("head_dim") or sizes["hidden_size"] // heads
+        head_dim = _positive_int("head_dim", given.get("head_dim") or sizes["hidden_size"] // heads)
         if head_dim % 2:
             raise ValueError(f"config.json: head_dim is {head_dim}; rotary embeddings need an even one")
         bias = bool(given.get("attention_bias", False)) and architecture in ("LlamaForCausalLM", "Qwen3ForCausalLM")
@@ -106,8 +105,7 @@ class ModelConfig:
             **sizes,
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
-            max_position_embeddings=given["max_position_embeddings"],
-            rms_norm_eps=given.get("rms_norm_eps", 1e-6),
+            rms_norm_eps=positive_number("rms_norm_eps", given.get("rms_norm_eps", 1e-6)),
             tie_word_embeddings=bool(given.get("tie_word_embeddings", False)),
             qkv_bias=bias or architecture == "Qwen2ForCausalLM",
             o_bias=bias,
@@ -150,6 +148,12 @@ class ModelConfig:
             config["layer_types"] = list(self.layer_types)
             config["use_sliding_window"] = self.sliding_window is not None
         return config
+
+
+def _positive_int(key: str, value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"config.json: {key} is {value!r}; expected a positive integer")
+    return value
 
 
 def parse_dtype(name: str | torch.dtype) -> torch.dtype:

@@ -36,7 +36,10 @@ class RopeConfig:
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> RopeConfig:
         """Read a config.json of transformers 4 or 5. ValueError for an unknown scaling or one that lacks a key."""
-        given = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+        given = config.get("rope_scaling") or config.get("rope_parameters") or {}
+        if not isinstance(given, dict):
+            raise ValueError(f"config.json: rope_scaling is {given!r}; expected an object")
+        given = dict(given)
         given.setdefault("rope_type", given.pop("type", None) or "default")
         if given["rope_type"] not in ROPE_TYPES:
             raise ValueError(f"rope_type is {given['rope_type']!r}; expected one of {', '.join(ROPE_TYPES)}")
@@ -52,6 +55,9 @@ class RopeConfig:
             given["original_max_position_embeddings"] = config.get("original_max_position_embeddings") or config.get(
                 "max_position_embeddings"
             )
+        for key in ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
+            if given.get(key) is not None:
+                positive_number(key, given[key])
         return cls(**{key: given[key] for key in cls.__dataclass_fields__ if given.get(key) is not None})
 
     def to_hf(self) -> dict[str, Any]:
@@ -63,6 +69,13 @@ class RopeConfig:
             {key: value for key, value in given.items() if key != "rope_theta"} if self.rope_type != "default" else None
         )
         return {"rope_theta": self.rope_theta, "rope_scaling": scaling, "rope_parameters": given}
+
+
+def positive_number(key: str, value: Any) -> float:
+    """`value`, the number that config.json has under `key`. ValueError where it is none above 0, or not finite."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise ValueError(f"config.json: {key} is {value!r}; expected a positive number")
+    return value
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int, max_position: int, length: int = 0) -> tuple[Tensor, float]:

@@ -71,11 +71,13 @@ class SafetensorsReader:
             raise self._error(f"it has {size} bytes, fewer than its header announces")
         try:
             header = json.loads(self._file.read(length))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise self._error(f"its header is not JSON ({error})") from error
         if not isinstance(header, dict):
             raise self._error("its header is not a JSON object")
-        metadata = header.pop("__metadata__", {})
+        metadata = header.pop("__metadata__", None) or {}
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise self._error("its metadata is not an object of texts")
         entries = {name: self._entry(name, value, 8 + length) for name, value in header.items()}
         end = 8 + length
         for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].nbytes)):

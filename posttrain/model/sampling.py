@@ -32,8 +32,24 @@ def sample(
     top_p: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Token ids int64 (N,) drawn from logits (N, V); the most probable (the first of equals) when temperature is 0."""
+    """Token ids int64 (N,) drawn from logits (N, V); the most probable (the first of equals) when temperature is 0.
+
+    ValueError for a row that has none: its logits hold NaN or inf, or exceed float32 once divided by the temperature.
+    """
     if temperature == 0:
-        return logits.argmax(-1)
+        chosen = logits.argmax(-1)  # of a row with NaN, that one
+        _check_finite(logits.gather(-1, chosen[:, None]), temperature)
+        return chosen
     probabilities = filter_logits(logits, temperature, top_k, top_p).softmax(-1)
+    _check_finite(probabilities[:, :1], temperature)  # where a row's sum is NaN, all of it is
     return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+
+
+def _check_finite(values: Tensor, temperature: float) -> None:
+    """ValueError naming the rows of `values` (N, 1) that are not finite."""
+    if bad := (~values.isfinite()).flatten().nonzero().flatten().tolist():
+        raise ValueError(
+            f"the model's logits give no token at temperature {temperature} (row {bad[0]} of the batch, {len(bad)} in all): they "
+            "are not finite, or not once divided by that. Load it in bf16 or fp32 if that was fp16; otherwise its weights or its "
+            "adapter are damaged"
+        )

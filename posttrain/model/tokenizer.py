@@ -52,8 +52,18 @@ class Tokenizer:
         return cls(backend, special, _chat_template(folder, config))
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        """Token ids. Special tokens written in `text` are recognised; `add_special_tokens` adds e.g. a leading bos."""
-        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        """Token ids. Special tokens written in `text` are recognised; `add_special_tokens` adds e.g. a leading bos.
+        ValueError for text with half of a surrogate pair."""
+        return self._encode(text, add_special_tokens).ids
+
+    def _encode(self, text: str, add_special_tokens: bool) -> tokenizers.Encoding:
+        try:
+            return self.backend.encode(text, add_special_tokens=add_special_tokens)
+        except TypeError as error:
+            what = f"a {type(text).__name__}"
+            if isinstance(text, str):  # bytes that were no UTF-8, or half of a pair of escapes in JSON
+                what = f"text with {next(c for c in text if 0xD800 <= ord(c) < 0xE000)!r}, which is no character,"
+            raise ValueError(f"{what} cannot be tokenized; expected text that UTF-8 can hold") from error
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = False) -> list[list[int]]:
         """`encode` of each text, on all cores."""
@@ -85,7 +95,7 @@ class Tokenizer:
             self._template(), messages, **self._variables({"add_generation_prompt": False} | variables))
         if not chat_template.has_generation_blocks(self._template()):
             spans = self._spans_by_prefix(text, messages, variables)
-        encoding = self.backend.encode(text, add_special_tokens=False)
+        encoding = self._encode(text, add_special_tokens=False)
         mask = [False] * len(encoding.ids)
         token = 0
         for start, end in spans:

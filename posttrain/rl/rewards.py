@@ -25,8 +25,10 @@ from .prompts import Prompt
 Reward = Callable[..., Sequence[float] | Tensor]
 
 
-def exact_match(completions: Sequence[str], answer: Sequence[Any], **_: Any) -> list[float]:
-    """1 where the completion is the column "answer", white space around it aside, else 0."""
+def exact_match(completions: Sequence[str], answer: Sequence[Any] | None = None, **_: Any) -> list[float]:
+    """1 where the completion is the column "answer", white space around it aside, else 0. PosttrainError without that column."""
+    if answer is None:
+        raise PosttrainError('the completion is to be "answer", and the data has no such column; add it, or give another reward')
     return [float(text.strip() == str(right).strip()) for text, right in zip(completions, answer, strict=True)]
 
 
