@@ -97,7 +97,7 @@ def aot_variants() -> Iterator[Variant]:
     for M, R, dtype, dropout, a, even in cases:
         tile = down_tile(M, R, 4 if dtype == "fp32" else 2, dropout > 0)
         signature = {"x_ptr": f"*{dtype}", "a_ptr": f"*{a}", "s_ptr": "*fp32" if M == 16 else f"*{dtype}"}
-        signature |= {"M": "i32", "K": "i32:16", "R": "i32", "stride_xm": "i32:16", "tiles_per_part": "i32"}
+        signature |= {"M": "i32", "K": "i32:16", "R": "i32:16", "stride_xm": "i32:16", "tiles_per_part": "i32"}
         # A's rows are contiguous; B^T's columns are
         signature |= {"stride_aj": "i32:16"} if even else {"stride_ak": "i32:16"}
         signature |= {"scaling": "fp32", "seed": "i64", "threshold": "i32", "keep_scale": "fp32"}
