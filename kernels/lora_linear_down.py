@@ -24,7 +24,7 @@ from ._triton import on_device_of, tl, triton
 from ._variant import Variant
 
 
-@triton.jit(do_not_specialize=["M", "tiles_per_part", "seed", "threshold"])
+@triton.jit(do_not_specialize=["M", "R", "tiles_per_part", "seed", "threshold"])  # R known, rank 128 spills on sm_100
 def _lora_linear_down_kernel(
     x_ptr, a_ptr, s_ptr, M, K, R, stride_xm, stride_aj, stride_ak, tiles_per_part, scaling, seed, threshold, keep_scale,
     DROPOUT: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -97,7 +97,7 @@ def aot_variants() -> Iterator[Variant]:
     for M, R, dtype, dropout, a, even in cases:
         tile = down_tile(M, R, 4 if dtype == "fp32" else 2, dropout > 0)
         signature = {"x_ptr": f"*{dtype}", "a_ptr": f"*{a}", "s_ptr": "*fp32" if M == 16 else f"*{dtype}"}
-        signature |= {"M": "i32", "K": "i32:16", "R": "i32:16", "stride_xm": "i32:16", "tiles_per_part": "i32"}
+        signature |= {"M": "i32", "K": "i32:16", "R": "i32", "stride_xm": "i32:16", "tiles_per_part": "i32"}
         # A's rows are contiguous; B^T's columns are
         signature |= {"stride_aj": "i32:16"} if even else {"stride_ak": "i32:16"}
         signature |= {"scaling": "fp32", "seed": "i64", "threshold": "i32", "keep_scale": "fp32"}
