@@ -47,8 +47,9 @@ def arguments(term: LowRank | None) -> dict[str, Any]:
 @triton.jit
 def _add_parts_of_s(s_ptr, offs, mask, stride_sp, S_PARTS: tl.constexpr):
     s = tl.load(s_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    for p in tl.static_range(1, S_PARTS):
-        s += tl.load(s_ptr + p * stride_sp.to(tl.int64) + offs, mask=mask, other=0.0).to(tl.float32)
+    for _ in tl.static_range(1, S_PARTS):
+        offs += stride_sp  # a constant where it is 1, so without methods; not p * stride_sp, which may pass 31 bits
+        s += tl.load(s_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     return s
 
 

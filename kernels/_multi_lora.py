@@ -29,6 +29,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ._rows import contiguous
 from ._segments import FEW_ROWS, tile_rows
 from ._triton import backend, on_device_of, tl, triton
 from ._variant import Variant
@@ -147,6 +148,7 @@ def multi_lora_add_triton(
     (n, r, K), (M, N), slots = lora_A.shape, y.shape, tiles.shape[1]
     if not slots or not N:
         return
+    scaling, ranks = scaling.contiguous(), contiguous(ranks)
     shrink, expand = tiles_of(M, r, x.dtype)
     split = M <= FEW_ROWS
     parts = triton.cdiv(K, PART) if split else 1

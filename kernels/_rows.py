@@ -1,11 +1,20 @@
-"""A tensor's last dimension as rows."""
+"""Tensors as kernels read them."""
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 from torch import Tensor
+
+_Given = TypeVar("_Given", Tensor, Tensor | None)
 
 
 def rows_of(tensor: Tensor) -> Tensor:
     """(..., D), not empty, as (N, D) with the elements of a row beside each other; a copy only where no view can be that."""
     rows = tensor.reshape(-1, tensor.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def contiguous(tensor: _Given) -> _Given:
+    """Its elements one behind the other, as kernels that take no stride read them; a copy only where they are not; None of None."""
+    return tensor if tensor is None else tensor.contiguous()

@@ -10,6 +10,7 @@ fractions.
 from __future__ import annotations
 
 import functools
+from concurrent.futures import ThreadPoolExecutor
 from statistics import NormalDist
 
 import torch
@@ -73,5 +74,13 @@ CODEBOOKS = {"nf4": NF4, "fp4": FP4}
 
 @functools.cache
 def on(name: str, device: torch.device) -> torch.Tensor:
-    """The table `name` of this module (NF4, FP4_THRESHOLDS, ...) on `device`, copied there once."""
-    return globals()[name].to(device)
+    """The table `name` of this module (NF4, FP4_THRESHOLDS, ...) on `device`, copied there once.
+
+    By a thread of its own, which has none of the caller's state: a table outlives the call, so it must be neither an inference
+    tensor nor in the memory pool of a CUDA graph (torch.compile's "reduce-overhead" runs ops once in such a pool, and checks that
+    nothing stays behind).
+    """
+    if device.type == "cpu":
+        return globals()[name]
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(globals()[name].to, device).result()

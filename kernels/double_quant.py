@@ -96,7 +96,7 @@ def double_quantize_triton(absmax: Tensor, block_size: int) -> tuple[Tensor, Ten
 
 def double_dequantize_triton(codes: Tensor, absmax: Tensor, offset: Tensor, block_size: int) -> Tensor:
     """Launch the kernel that brings absmax back on its own (dequantize_4bit decodes it in passing)."""
-    codes = codes.contiguous()
+    codes, absmax = codes.contiguous(), absmax.contiguous()
     out = torch.empty_like(codes, dtype=torch.float32)
     n = codes.numel()
     if n:

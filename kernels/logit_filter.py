@@ -25,6 +25,7 @@ from torch import Tensor
 from . import cpu
 from ._library import define
 from ._row_filter import LARGEST, row_filter
+from ._rows import contiguous
 from ._triton import backend, on_device_of, tl, triton
 from ._variant import Variant
 from .nf4 import DTYPES
@@ -48,7 +49,7 @@ def for_compilers(variant: Variant) -> Iterator[Variant]:
         yield replace(variant, options=compiler_options(name), backends=(name,))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["top_k"])
 def _logit_filter_kernel(
     logits_ptr, parameters_ptr, gathered_ptr, threshold_ptr, log_total_ptr, stride, V, temperature, top_k, top_p,
     OWN: tl.constexpr, FILTER: tl.constexpr, TILE: tl.constexpr,
@@ -72,6 +73,7 @@ def logit_filter_triton(
 ) -> tuple[Tensor, Tensor]:
     """Launch the kernel, one program a row: (threshold, log_total). parameters float64 (N, 3): temperature, top_k, top_p by row."""
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    parameters = contiguous(parameters)
     N, V = logits.shape
     threshold, log_total = (torch.empty(N, dtype=torch.float32, device=logits.device) for _ in range(2))
     if N:

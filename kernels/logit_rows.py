@@ -35,7 +35,7 @@ def _tile(aligned: bool) -> int:
     return 4096 if aligned else 2048
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["ignore_index"])
 def _logit_rows_kernel(
     logits_ptr, labels_ptr, logprobs_ptr, entropy_ptr, stride, V, ignore_index,
     GRADIENT: tl.constexpr, ENTROPY: tl.constexpr, TILE: tl.constexpr,
@@ -85,6 +85,7 @@ def _logit_rows_kernel(
 def logit_rows_triton(logits: Tensor, labels: Tensor, ignore_index: int, gradient: bool, entropy: bool) -> tuple[Tensor, Tensor]:
     """Launch the kernel, one program a row: (logprobs, entropy); with `gradient` the logits become onehot - softmax."""
     N, V = logits.shape
+    labels = labels.contiguous()
     logprobs = torch.empty(N, dtype=torch.float32, device=logits.device)
     entropies = torch.empty_like(logprobs) if entropy else torch.zeros_like(logprobs)
     if N:

@@ -24,7 +24,7 @@ from ._triton import on_device_of, tl, triton
 from ._variant import Variant
 
 
-@triton.jit(do_not_specialize=["M", "tiles_per_part", "seed", "threshold"])
+@triton.jit(do_not_specialize=["M", "R", "tiles_per_part", "seed", "threshold"])  # R known, rank 128 spills on sm_100
 def _lora_linear_down_kernel(
     x_ptr, a_ptr, s_ptr, M, K, R, stride_xm, stride_aj, stride_ak, tiles_per_part, scaling, seed, threshold, keep_scale,
     DROPOUT: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,

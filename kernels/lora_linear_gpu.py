@@ -2,13 +2,13 @@
 
     forward    s = x' A^T for the whole group, one reading of x; then for each layer one of
                - the 4-bit decode kernel or GEMM with scaling s B^T among its sums (few rows: no dequantized W, no pass over y)
-               - y = scaling s B^T + bias, then the vendor's GEMM adds x W^T to it, W dense or dequantized into the reused buffer
+               - y = scaling s B^T + bias, then the vendor's GEMM adds x W^T to it, W dense or dequantized
     backward   s again; V and dB in one pass over dY; dX = drop'(V A) of the whole group, to which the vendor's GEMM adds each
                layer's dY W; dA = V^T x' of the whole group, one reading of x
 
 Which way forward is `quantized_linear_plan.plan`'s choice, given the rank. A dense W takes the vendor's GEMM at any number of
 rows: for few it moves 2 N K bytes, the small kernels beside it 2 r (N + K) + 4 M N: 1 % at r = 16, M = 1 and 4096 x 4096.
-Nothing is kept between the two, and no buffer outlives a call but that of the dequantized weight.
+Nothing is kept between the two, and no buffer outlives a call.
 Oracle: reference/lora_linear.py.
 """
 
@@ -44,7 +44,7 @@ class Layer(NamedTuple):
     scaling: float
 
     def weight(self, dtype: torch.dtype) -> Tensor:
-        """W (N, K): itself, or dequantized into a buffer that the next one overwrites."""
+        """W (N, K): itself, or dequantized."""
         return self.base[0] if self.base[-1] == "none" else _dequantized(dtype, *self.base)
 
 
@@ -100,7 +100,7 @@ def forward(x: Tensor, layers: Sequence[Layer], biases: Sequence[Tensor | None],
             y.addmm_(x, layer.weight(x.dtype).t())
         else:
             term = LowRank(s[..., columns], layer.lora_B.contiguous(), layer.scaling)
-            base = (weight.contiguous(), absmax.contiguous(), *nested, bias, N, K, block_size, quant_type, chosen.split_k, term)
+            base = (weight, absmax, *nested, bias, N, K, block_size, quant_type, chosen.split_k, term)
             y = _LAUNCHERS[chosen.kernel](x, *base)
         ys.append(y)
     return ys

@@ -94,7 +94,8 @@ def lora_linear_grad_triton(
     z (M, C) and s (M, R) of any row stride, b (C, R) contiguous. The rows are summed in `parts` parts.
     """
     (M, C), R = z.shape, s.shape[1]
-    tile = grad_tile(R, z.element_size(), dropout > 0, b is not None, *current_arch())
+    with on_device_of(z):
+        tile = grad_tile(R, z.element_size(), dropout > 0, b is not None, *current_arch())
     num_warps = tile.pop("num_warps")
     columns = triton.cdiv(C, tile["BLOCK_C"])
     partial = z.new_empty(parts, *((R, C) if transposed else (C, R)), dtype=torch.float32)

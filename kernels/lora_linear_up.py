@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from ._dropout import arguments, kept
+from ._rows import contiguous
 from ._triton import on_device_of, tl, triton
 from ._variant import Variant
 from .lora_linear_down import rank_tile
@@ -64,6 +65,7 @@ def lora_linear_up_triton(
     (M, R), N = s.shape, b.shape[0]
     y = s.new_empty(M, N)
     tile = up_tile(R, s.element_size(), dropout > 0)
+    bias = contiguous(bias)
     with on_device_of(s):
         _lora_linear_up_kernel[(triton.cdiv(M, tile["BLOCK_M"]), triton.cdiv(N, tile["BLOCK_N"]))](
             s, b, bias, y, M, N, s.stride(0), b.stride(0), b.stride(1), scaling, **arguments(dropout, seed, N),

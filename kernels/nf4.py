@@ -30,6 +30,7 @@ from torch import Tensor
 from . import codebooks, cpu
 from ._library import define
 from ._lookup import decode_absmax, lookup_word, product_table
+from ._rows import contiguous
 from ._triton import backend, on_device_of, tl, triton
 from ._variant import Variant
 
@@ -95,7 +96,7 @@ def _quantize_4bit_kernel(
     tl.store(word_ptr + offs_word, word, mask=mask[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length"])
 def _quantize_4bit_short_kernel(
     x_ptr, upper_ptr, packed_ptr, absmax_ptr, length, TILE: tl.constexpr, QUANT_TYPE: tl.constexpr
 ):
@@ -193,11 +194,11 @@ def quantize_4bit_triton(x: Tensor, block_size: int, quant_type: str) -> tuple[T
 
 def dequantize_4bit_triton(
     packed: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_offset: Tensor | None, nested_block_size: int,
-    shape, dtype: torch.dtype, block_size: int, quant_type: str, out: Tensor | None = None,
+    shape, dtype: torch.dtype, block_size: int, quant_type: str,
 ) -> Tensor:  # fmt: skip
     """Launch a dequantization kernel: byte permutation on NVIDIA for 16-bit output in whole groups, else gathering."""
-    packed, absmax = packed.contiguous(), absmax.contiguous()
-    out = packed.new_empty(shape, dtype=dtype) if out is None else out
+    packed, absmax, nested_absmax = packed.contiguous(), absmax.contiguous(), contiguous(nested_absmax)
+    out = packed.new_empty(shape, dtype=dtype)
     n = out.numel()
     if n == 0:
         return out

@@ -22,6 +22,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ._library import LIBRARY, define
 from ._triton import on_device_of, tl, triton
@@ -40,7 +41,7 @@ def _load(ptr, offs, mask, other: tl.constexpr):
     return value
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def _preference_loss_kernel(
     chosen_ptr, rejected_ptr, ref_chosen_ptr, ref_rejected_ptr, chosen_lengths_ptr, rejected_lengths_ptr, weights_ptr,
     losses_ptr, chosen_rewards_ptr, rejected_rewards_ptr, dchosen_ptr, drejected_ptr,
@@ -128,6 +129,7 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*output[3:])
 
 
+@once_differentiable  # what was saved is a number to autograd, and losses' own second derivative would be missing
 def _backward(ctx, dlosses, *_):
     # dlog pi(w) = dlosses dloss/dlog pi(w), and so for l
     dchosen, drejected = ctx.saved_tensors

@@ -10,8 +10,8 @@ bias       x's dtype (N,) or None
 y          x's dtype (..., N)                      sums in float32
 
 On a GPU `quantized_linear_plan.plan` chooses among three ways: the decode kernel (few rows), the tensor-core GEMM, and
-dequantizing W once into a buffer kept for that purpose, then the vendor's GEMM. dX always takes the third: it is wanted in
-training, where rows are many. On a CPU, `cpu.linear_4bit`. Least bytes are stated in the kernels' files.
+dequantizing W once, then the vendor's GEMM. dX always takes the third: it is wanted in training, where rows are many. On a
+CPU, `cpu.linear_4bit`. Least bytes are stated in the kernels' files.
 Oracle: reference/quantized_linear.py.
 """
 
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from . import cpu
 from ._library import LIBRARY, define
+from ._triton import on_device_of
 from .nf4 import DTYPES, dequantize_4bit_triton
 from .quantized_linear_decode import quantized_linear_decode_triton
 from .quantized_linear_gemm import quantized_linear_gemm_triton
@@ -34,22 +35,11 @@ from .quantized_weight import QuantizedWeight
 _WEIGHT = "Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_offset, int nested_block_size"
 _LAUNCHERS = {"decode": quantized_linear_decode_triton, "gemm": quantized_linear_gemm_triton}
 
-# The matrix that dequantization fills and the vendor's GEMM reads right after, by (device, stream): work on one stream is
-# ordered, so the next layer may overwrite it. It grows to the largest weight and is never given back.
-_BUFFERS: dict[tuple[torch.device, int], Tensor] = {}
-
 
 def _dequantized(dtype, packed, absmax, nested, offset, nested_block_size, N, K, block_size, quant_type) -> Tensor:
-    """W (N, K) in `dtype`, valid until the next call on this stream."""
-    key = packed.device, torch.cuda.current_stream(packed.device).cuda_stream
-    nbytes = N * K * dtype.itemsize
-    buffer = _BUFFERS.get(key)
-    if torch.cuda.is_current_stream_capturing():
-        buffer = packed.new_empty(nbytes)  # a graph's memory belongs to its own pool and must not leak into eager calls
-    elif buffer is None or buffer.numel() < nbytes:
-        buffer = _BUFFERS[key] = packed.new_empty(nbytes)
-    out = buffer[:nbytes].view(dtype).view(N, K)
-    return dequantize_4bit_triton(packed, absmax, nested, offset, nested_block_size, (N, K), dtype, block_size, quant_type, out=out)
+    """W (N, K) in `dtype`. Of PyTorch's allocator, which gives one layer's memory to the next as soon as it is dropped, and knows
+    of streams, threads and the pools of CUDA graphs; a buffer of our own would be written by two threads at once."""
+    return dequantize_4bit_triton(packed, absmax, nested, offset, nested_block_size, (N, K), dtype, block_size, quant_type)
 
 
 def _linear_cpu(x, packed, absmax, nested, offset, nested_block_size, bias, N, K, block_size, quant_type):
@@ -70,8 +60,8 @@ def _linear_cuda(x, packed, absmax, nested, offset, nested_block_size, bias, N, 
         y = x.new_zeros(rows.shape[0], N)
         return (y if bias is None else y + bias).view(*x.shape[:-1], N)
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    packed, absmax = packed.contiguous(), absmax.contiguous()
-    chosen = plan(rows.shape[0], N, K, x.dtype, current_target())
+    with on_device_of(x):
+        chosen = plan(rows.shape[0], N, K, x.dtype, current_target())
     if chosen.kernel == "dequantize" or packed.data_ptr() % 16:  # kernels read packed in pieces of 16 bytes
         weight = _dequantized(x.dtype, packed, absmax, nested, offset, nested_block_size, N, K, block_size, quant_type)
         y = F.linear(rows, weight, bias)

@@ -35,6 +35,7 @@ from torch import Tensor
 from . import codebooks
 from ._lookup import decode_absmax
 from ._low_rank import NONE, LowRank, arguments, start_lanes
+from ._rows import contiguous
 from ._split_k import add_parts_triton
 from ._triton import backend, on_device_of, tl, triton
 from ._variant import Variant
@@ -168,6 +169,8 @@ def quantized_linear_decode_triton(
     """Launch the decode kernel on x (M, K), K a multiple of 32 and packed aligned to 16 bytes. Returns (M, N) in x's dtype,
     with the term of `low_rank` added."""
     M = x.shape[0]
+    packed, absmax = packed.contiguous(), absmax.contiguous()
+    nested_absmax, bias = contiguous(nested_absmax), contiguous(bias)
     y = x.new_empty(M, N)
     out = y if split_k == 1 else x.new_empty(split_k, M, N, dtype=torch.float32)
     tile_m = next((t for t in ROW_TILES if M <= t), ROW_TILES[-1])

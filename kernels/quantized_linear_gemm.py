@@ -40,6 +40,7 @@ from torch import Tensor
 from . import codebooks
 from ._lookup import decode_absmax
 from ._low_rank import NONE, LowRank, add_tile, arguments
+from ._rows import contiguous
 from ._split_k import add_parts_triton
 from ._triton import current_arch, on_device_of, tl, triton
 from ._variant import Variant
@@ -209,9 +210,11 @@ def quantized_linear_gemm_triton(
     x = x if aligned and x.stride(0) < 2**25 else x.clone(memory_format=torch.contiguous_format)
     y = x.new_empty(M, N)
     out = y if split_k == 1 else x.new_empty(split_k, M, N, dtype=torch.float32)
-    tile, options = gemm_tile(M, *current_arch())
     nested_block = 0 if nested_absmax is None else nested_block_size
+    packed, absmax = packed.contiguous(), absmax.contiguous()
+    nested_absmax, bias = contiguous(nested_absmax), contiguous(bias)
     with on_device_of(x):
+        tile, options = gemm_tile(M, *current_arch())
         _quantized_linear_gemm_kernel[(triton.cdiv(N, BLOCK_N), triton.cdiv(M, tile["BLOCK_M"] * tile["TILES_M"]), split_k)](
             x, packed, absmax, codebooks.on("DYNAMIC_MAP", x.device) if nested_block else None, nested_absmax, nested_offset,
             codebooks.on(quant_type.upper(), x.device), bias if split_k == 1 else None, out,

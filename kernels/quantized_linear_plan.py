@@ -57,6 +57,7 @@ LATENCY = 1e-6  # seconds from a load to its data under load: what Little's law 
 DECODE_IN_FLIGHT, GEMM_IN_FLIGHT = 2048, {16: 8192, 32: 8192, 64: 2048}  # bytes of W that one program keeps on their way
 DECODE_STEP, GEMM_STEP = 1024, 256  # the least K worth a program's while
 MAX_SPLIT_K = 16
+MOST_ROWS = 64 * 65_535  # tiles of rows are a grid's second axis, which has no more
 
 
 def current_target() -> Target:
@@ -87,8 +88,8 @@ def _split_k(programs: int, M: int, K: int, in_flight: int, step: int, target: T
 def plan(M: int, N: int, K: int, dtype: torch.dtype, target: Target, rank: int = 0) -> Plan:
     """The kernel of least modelled time for M rows of x against a weight (N, K) with a low-rank term of `rank` or none, and into
     how many parts it cuts K."""
-    if K % GROUP or N * K >= 2**36:
-        return Plan("dequantize")  # a lane's 32 weights would straddle rows; or chunk numbers would pass 31 bits
+    if K % GROUP or N * K >= 2**36 or M > MOST_ROWS:
+        return Plan("dequantize")  # a lane's 32 weights would straddle rows; or chunk numbers would pass 31 bits; or the grid ends
     half = dtype != torch.float32
     itemsize = 2 if half else 4
     factors = itemsize * rank * (1 / N + 1 / K) if rank else 0.0  # bytes a weight

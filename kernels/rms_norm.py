@@ -48,7 +48,7 @@ def _rms_norm_fwd_kernel(x_ptr, weight_ptr, y_ptr, rstd_ptr, stride, D, eps, BLO
     tl.store(y_ptr + row * D + offs, (x * rstd * weight).to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _rms_norm_bwd_kernel(
     x_ptr, dy_ptr, weight_ptr, rstd_ptr, dx_ptr, dweight_ptr, stride, dy_stride, N, D,
     ROWS: tl.constexpr, DWEIGHT: tl.constexpr, BLOCK: tl.constexpr,

@@ -63,7 +63,9 @@ def sampling_arguments(B: int, temperature, top_k, top_p, device) -> tuple[float
         return float(temperature), int(top_k), float(top_p), None
     parts = []
     for name, value in (("temperature", temperature), ("top_k", top_k), ("top_p", top_p)):
-        part = torch.as_tensor(value, dtype=torch.float64, device=device)
+        if not isinstance(value, Tensor):  # filled in: a copied one waits for the device
+            value = torch.full((), value, dtype=torch.float64, device=device)
+        part = value.to(device, torch.float64)
         if part.shape not in ((), (B,)):
             raise ValueError(f"{name} has the shape {tuple(part.shape)}; expected a number or one for each of {B} requests")
         parts.append(part.expand(B))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ._row_filter import LARGEST, LEAST, load_clean, row_filter
+from ._rows import contiguous
 from ._spec_noise import exponentials, log2_near, request_noise, uniforms
 from ._triton import backend, on_device_of, tl, triton
 from ._variant import Variant
@@ -85,7 +86,7 @@ def row_statistics(
         tl.store(out_ptr + 3, tl.where(kept, tl.exp2((z - top) * c) / total, 0.0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_tokens", "K", "top_k"])
 def _spec_rows_kernel(
     tokens_ptr, draft_ptr, target_ptr, num_draft_ptr, parameters_ptr, gathered_ptr, statistics_ptr,
     stride_tokens, stride_db, stride_dk, stride_tb, stride_tk, K, V, V_draft, temperature, top_k, top_p,
@@ -153,7 +154,7 @@ def race(
     return score, tl.where(score > -float("inf"), winner, -1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_tokens", "K", "B", "top_k", "seed"])
 def _spec_draw_kernel(
     tokens_ptr, draft_ptr, target_ptr, num_draft_ptr, parameters_ptr, statistics_ptr, gathered_ptr, uniforms_ptr, gumbel_ptr,
     seeds_ptr, offsets_ptr, parts_ptr, winners_ptr, out_ptr, num_accepted_ptr,
@@ -248,7 +249,7 @@ def _spec_draw_kernel(
         tl.store(num_accepted_ptr + b, num_accepted.to(tl.int64))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K", "parts"])
 def _spec_finish_kernel(parts_ptr, winners_ptr, num_accepted_ptr, out_ptr, K, parts, PARTS: tl.constexpr):
     # One program owns a request: the best of its parts' winners, a remainder's before those of p itself, the first of equals.
     b = tl.program_id(0).to(tl.int64)
@@ -296,6 +297,8 @@ def verify_draft_tokens_triton(
     room = max(sides * B * K, B) * tiles["TILE"] if filtered else 1
     gathered = torch.empty(room, dtype=target.dtype, device=target.device)
     drafted = draft_tokens if draft_tokens.stride(1) == 1 or K <= 1 else draft_tokens.contiguous()
+    num_draft, parameters = num_draft.contiguous(), contiguous(parameters)
+    noise = [contiguous(tensor) for tensor in (uniforms, gumbel, seeds, offsets)]
     shape = (drafted.stride(0), *strides, *target.stride()[:2], K, V, V if draft is None else draft.shape[2])
     options = {"OWN": parameters is not None, "FILTER": filtered, **tiles, **compiler_options(backend())}
     with on_device_of(target):
@@ -309,8 +312,7 @@ def verify_draft_tokens_triton(
         winners = torch.empty(B, parts, dtype=torch.int32, device=target.device)
         places = triton.next_power_of_2(K + 1)
         _spec_draw_kernel[(B, parts)](
-            drafted, draft, target, num_draft, parameters, statistics, gathered,
-            None if uniforms is None else uniforms.contiguous(), None if gumbel is None else gumbel.contiguous(), seeds, offsets,
+            drafted, draft, target, num_draft, parameters, statistics, gathered, *noise,
             scores, winners, tokens, num_accepted, *shape, B, part, temperature, top_k, top_p, seed,
             DRAFT=draft is not None, UNIFORMS=uniforms is not None, GUMBEL=gumbel is not None, SEEDS=seeds is not None,
             OFFSETS=offsets is not None, SPLIT=parts > 1, PLACES=places, **options,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ._row_filter import LARGEST, load_clean, row_filter
+from ._rows import contiguous
 from ._spec_noise import request_noise, uniforms
 from ._triton import backend, on_device_of, tl, triton
 from ._variant import Variant
@@ -51,7 +52,7 @@ def _remainder(
     return tl.sum(sums, axis=0), tl.sum(rest, axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_tokens", "stride_parents", "N", "depth", "top_k", "seed"])
 def _spec_tree_kernel(
     tokens_ptr, parents_ptr, draft_ptr, target_ptr, num_nodes_ptr, parameters_ptr, gathered_ptr, refused_ptr, uniforms_ptr,
     gumbel_ptr, seeds_ptr, offsets_ptr, out_ptr, num_accepted_ptr, path_ptr,
@@ -184,11 +185,11 @@ def verify_draft_tree_triton(
     filtered = parameters is not None or top_k > 0 or top_p < 1
     gathered = torch.empty(B * tiles["TILE"] if filtered else 1, dtype=target.dtype, device=device)
     refused = torch.empty(B * max(N, 1), dtype=torch.int64, device=device)
-    drafted, above = node_tokens.contiguous(), parents.contiguous()
+    drafted, above, num_nodes = node_tokens.contiguous(), parents.contiguous(), num_nodes.contiguous()
+    parameters, *noise = (contiguous(tensor) for tensor in (parameters, uniforms, gumbel, seeds, offsets))
     with on_device_of(target):
         _spec_tree_kernel[(B,)](
-            drafted, above, draft, target, num_nodes, parameters, gathered, refused,
-            None if uniforms is None else uniforms.contiguous(), None if gumbel is None else gumbel.contiguous(), seeds, offsets,
+            drafted, above, draft, target, num_nodes, parameters, gathered, refused, *noise,
             tokens, num_accepted, path, drafted.stride(0), above.stride(0) if above.dim() == 2 else 0, *strides,
             *target.stride()[:2], N, V, V if draft is None else draft.shape[2], depth, temperature, top_k, top_p, seed,
             OWN=parameters is not None, DRAFT=draft is not None, FILTER=filtered, REPLACED=with_replacement,
@@ -198,7 +199,7 @@ def verify_draft_tree_triton(
     return tokens, num_accepted, path
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _tree_attention_kernel(parents_ptr, mask_ptr, depth_ptr, N, PLACES: tl.constexpr):
     # One program owns a node's row: it walks up to the root. A parent that does not come before its child ends the walk.
     b, row = tl.program_id(0).to(tl.int64), tl.program_id(1)

@@ -103,6 +103,22 @@ def test_every_kernel_file_is_compiled():
     assert written == listed
 
 
+def test_launches_specialise_on_nothing_that_is_not_compiled_here():
+    """triton compiles once more for an integer that is a multiple of 16, or 1: a stall in the middle of a run where the integer
+    changes (a seed, a number of requests), and code that no test has seen. An integer that no variant has as ":16" is passed as it
+    is."""
+    from posttrain.kernels import _aot
+
+    integers: dict[tuple[str, str], set[str]] = {}
+    for v in _aot.variants():
+        for p in v.kernel.params:
+            kind = v.signature.get(p.name, "constexpr")
+            if re.fullmatch(r"i(32|64)(:16)?", kind) and not p.do_not_specialize:
+                integers.setdefault((v.kernel.__name__, p.name), set()).add(kind)
+    assert integers
+    assert [argument for argument, kinds in integers.items() if not any(kind.endswith(":16") for kind in kinds)] == []
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_streaming_kernels_move_128_bits(reports, target):
     """Aligned inputs of a tile are loaded 128 bits wide; dequantization, whose output is the larger side, stores 128 bits wide.

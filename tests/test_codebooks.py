@@ -6,6 +6,7 @@ import hashlib
 import numpy as np
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from posttrain.kernels import codebooks, nf4
 from posttrain.reference import double_quant as oracle_double
@@ -97,3 +98,11 @@ def test_predicted_code_is_right_or_one_below(coefficients, thresholds, lowest):
         assert max(reached) + room < code + 1  # and at most code
     # the table has one entry more than there are thresholds
     assert max([p(1.0), *(p(r) for r in turning if lowest < r < 1)]) < len(thresholds) + 1
+
+
+def test_a_table_on_another_device_has_none_of_the_callers_state():
+    """It is kept: made within inference_mode or a mode that fakes tensors, it must serve outside too."""
+    with torch.inference_mode(), FakeTensorMode():
+        table = codebooks.on.__wrapped__("NF4", torch.device("meta"))
+    assert not table.is_inference() and type(table) is torch.Tensor
+    assert codebooks.on("NF4", torch.device("cpu")) is codebooks.NF4

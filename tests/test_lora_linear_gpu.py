@@ -145,12 +145,20 @@ def test_emulated_fused(arch, kernel, M, N, K, R, quant_type, split_k, parts):
     _fused(kernel, M, N, K, R, torch.bfloat16, quant_type, split_k, parts)
 
 
+@pytest.mark.emulated
+def test_emulated_rank_of_one():
+    """One row and rank 1: strides of 1 are constants of the kernel, also that from one part of s to the next."""
+    four_bit.activate(80)
+    c = case((1,), 8, 64, 1, torch.bfloat16)
+    s = lora_linear_down_triton(c.x, c.lora_A, parts=2)
+    assert s.stride() == (1, 1, 1)
+    check([quantized_linear_decode_triton(c.x, *c.base(), c.bias, *c.format(), 1, LowRank(s, c.lora_B, c.scaling))], c)
+
+
 @pytest.fixture
 def cuda_engine(monkeypatch):
     """What runs on CUDA tensors, given CPU ones: op(name, *arguments). The ways it took are noted in `cuda_engine.taken`."""
     four_bit.activate(80)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: SimpleNamespace(cuda_stream=0))
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     taken: list[str] = []
 
     def noting(name, function):

@@ -296,3 +296,12 @@ def test_trl_agrees(name, divergence):
             bound = B * torch.finfo(torch.float32).eps * rewards.abs().max().item()
             assert metrics["rewards/chosen"] == [pytest.approx(rewards.mean().item(), abs=bound)]
     assert_as_accurate(torch.stack(ours), torch.stack(theirs), torch.stack(exact))
+
+
+def test_a_second_derivative_is_an_error_not_a_part_of_one():
+    """The losses' own curvature is not kept: what would be left is that of whatever stands behind them."""
+    chosen, rejected = torch.randn(4, requires_grad=True), torch.randn(4)
+    losses, _, _ = preference_loss(chosen, rejected, torch.zeros(4), torch.zeros(4))
+    (gradient,) = torch.autograd.grad(losses.square().sum(), chosen, create_graph=True)
+    with pytest.raises(RuntimeError, match="twice"):
+        gradient.sum().backward()

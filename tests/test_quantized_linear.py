@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import replace
-from types import SimpleNamespace
 
 import four_bit
 import pytest
@@ -264,8 +263,6 @@ def test_emulated_dispatch(monkeypatch):
     """What runs on CUDA tensors, given CPU ones: each way that `plan` chooses, misaligned and empty tensors, and dX."""
     ql = importlib.import_module("posttrain.kernels.quantized_linear")  # the package's attribute is the function
     four_bit.activate(80)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: SimpleNamespace(cuda_stream=0))
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     taken = []
     monkeypatch.setattr(ql, "_LAUNCHERS", {name: _noting(taken, name, f) for name, f in ql._LAUNCHERS.items()})
     monkeypatch.setattr(ql, "_dequantized", _noting(taken, "dequantize", ql._dequantized))
@@ -283,10 +280,20 @@ def test_emulated_dispatch(monkeypatch):
 
     check("decode", 1, 80, 1024 + 96)
     check("gemm", 13, 64, 256)
-    check("dequantize", 700, 16, 64)  # reuses the larger buffer that the ones before filled
+    check("dequantize", 700, 16, 64)
     check("dequantize", 2, 5, 65)
     check("dequantize", 1, 8, 64, misaligned=True)
     check(None, 0, 8, 64)
+
+
+@pytest.mark.emulated
+def test_emulated_dequantized_weights_share_no_memory():
+    """Two threads on one stream: one's product may be launched after the other's dequantization."""
+    ql = importlib.import_module("posttrain.kernels.quantized_linear")
+    four_bit.activate(80)
+    _, w, _ = _case(1, 8, 64, torch.bfloat16)
+    first, second = (ql._dequantized(torch.bfloat16, *w.tensors(), 8, 64, 64, "nf4") for _ in range(2))
+    assert first.untyped_storage().data_ptr() != second.untyped_storage().data_ptr()
 
 
 def _noting(taken: list[str], name: str, function):

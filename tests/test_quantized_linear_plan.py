@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -62,3 +65,15 @@ def test_crossings_are_those_the_docstring_states():
 
     assert [crossing(torch.bfloat16, target) for target in TARGETS] == [461, 497, 171, 743]
     assert [crossing(torch.float32, target) for target in TARGETS] == [30, 18, 9, 33]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32))
+@pytest.mark.parametrize("rank", (0, 16, 64))
+def test_no_grid_is_larger_than_a_gpu_takes(target, dtype, rank):
+    """Narrow layers with a low-rank term are fused at any number of rows, since what is added to y is most of the bytes; a grid's
+    second axis, the tiles of rows, ends at 65,535."""
+    tile = {"decode": 4, "gemm": 64}
+    for K, M in itertools.product((32, 64, 128, 256, 512, 1024), (262_141, 4_194_240, 4_194_241, 2**31 - 1)):
+        chosen = plan(M, 4096, K, dtype, target, rank)
+        assert chosen.kernel == "dequantize" or math.ceil(M / tile[chosen.kernel]) <= 65_535
