@@ -32,6 +32,7 @@ from typing import Literal, overload
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import cpu
 from . import logit_rows as _logit_rows  # also defines the op
@@ -169,6 +170,7 @@ def _setup_context(ctx, inputs, output):
         ctx.save_for_backward(hidden, weight, absmax, nested, offset, labels, bias)
 
 
+@once_differentiable  # the direction was saved as a number: its own derivative would be missing
 def _backward(ctx, gradient, *_):
     # dhidden_t = g_t (W[y_t] - softmax(z_t) W): the direction was saved, or the logits are computed again
     dweight = dbias = None

@@ -180,3 +180,13 @@ def test_gpu(dtype):
     ours = _run(linear_logprobs, *(t.cuda() for t in (hidden, weight, labels, bias, gradient)))
     for a, theirs, right in zip(ours, plain, exact, strict=True):
         assert_as_accurate(a.cpu(), theirs, right)
+
+
+@pytest.mark.parametrize("trained", (False, True))
+def test_a_second_derivative_is_an_error_not_a_part_of_one(trained):
+    hidden, weight, labels, bias, _ = _case(4, 8, 16, torch.float32)
+    hidden.requires_grad_()
+    logprobs = linear_logprobs(hidden, weight.requires_grad_(trained), labels, bias)
+    (gradient,) = torch.autograd.grad(logprobs.square().sum(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="twice"):
+        gradient.sum().backward()

@@ -145,6 +145,17 @@ def test_strides_and_mixed_dtypes(dtype):
     assert torch.equal(rms_norm(turned, weight), rms_norm(turned.contiguous(), weight))
 
 
+def test_one_row_without_a_dimension_of_rows():
+    for dtype in (torch.float32, torch.float64):
+        x, weight = torch.randn(7, dtype=dtype), torch.randn(7, dtype=dtype)
+        results = []
+        for rows in (x, x[None]):
+            leaf = weight.clone().requires_grad_()
+            y = rms_norm(rows, leaf, 1e-5)
+            results.append((y.detach().flatten(), *torch.autograd.grad(y.sum(), leaf)))
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_extremes():
     weight = torch.ones(8)
     assert torch.equal(rms_norm(torch.zeros(3, 8), weight, EPS), torch.zeros(3, 8))

@@ -21,7 +21,7 @@ def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, need_
     dnormalized = dy.to(rstd.dtype)
     dweight = weight.new_empty(0)
     if need_weight:
-        dweight = (dnormalized * normalized).flatten(0, -2).sum(0).to(weight.dtype)
+        dweight = (dnormalized * normalized).reshape(rstd.numel(), x.shape[-1]).sum(0).to(weight.dtype)
     dnormalized = dnormalized * weight
     projection = (dnormalized * normalized).mean(-1, keepdim=True)
     wide = dnormalized.addcmul_(normalized, projection, value=-1).mul_(rstd.view(*x.shape[:-1], 1))
