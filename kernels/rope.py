@@ -2,14 +2,14 @@
 
     y = x cos + roll(x, D/2) sin          dx = dy cos + roll(dy sin, D/2)
 
-x, dy     float32 | float16 | bfloat16 (B, T, heads, D)    D even. Any strides but D's, which is 1: a part of a fused projection is
-                                                           read where it lies, and so are gradients of transposed heads
+x, dy     float32 | float16 | bfloat16 (B, T, heads, D)    D even. Of any strides, with 1 along D: a part of a fused projection
+                                                           is read where it lies, and so are gradients of transposed heads
 cos, sin  the same dtype (B or 1, T, 1, D)                 sin is signed: the first half of it is negated, for a rotation
 y, dx     the same dtype (B, T, heads, D)                  contiguous
 
-In float32, rounded once. A roll by half of D is its own inverse: dx is the transpose of y's map whatever cos and sin are, and is that
-map with the halves of sin exchanged. So one operation is its own backward, and its backward's. It saves cos and sin, which
-get no gradient. Least bytes of n elements at P positions, in bfloat16, each way: 2 n + 4 P D read and 2 n written, 3 flops an
+In float32, rounded once. A roll by half of D is its own inverse: dx is the transpose of y's map whatever cos and sin are, and it
+is that map with the halves of sin exchanged. So one operation is its own backward, and its backward's. It saves cos and sin,
+which get no gradient. Least bytes of n elements at P positions, in bfloat16, each way: 2 n + 4 P D read, 2 n written; 3 flops an
 element. float64, and heads wider than 4096, take PyTorch's kernels. Oracle: reference/rope.py.
 """
 
@@ -103,18 +103,17 @@ torch.library.register_autograd("posttrain::rope", _backward, setup_context=_set
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x cos + roll(x, D/2) sin of x (B, T, heads, D), cos and signed sin (B or 1, T, 1, D). Differentiable in x, any number of times.
+    """x cos + roll(x, D/2) sin of x (B, T, heads, D), cos and signed sin (B or 1, T, 1, D). Differentiable in x, at any order.
 
-    Raises ValueError for other shapes, an odd D, devices that differ, and a cos or sin that asks for a gradient (there is none);
+    Raises ValueError for other shapes, an odd D, devices that differ, and a cos or sin that asks for a gradient (it has none);
     TypeError for dtypes that differ.
     """
-    table = cos.shape
-    if x.dim() != 4 or table != sin.shape or table not in ((1, *x.shape[1:2], 1, x.shape[3]), (*x.shape[:2], 1, x.shape[3])):
-        raise ValueError(
-            f"x {tuple(x.shape)}, cos {tuple(cos.shape)}, sin {tuple(sin.shape)}; expected (B, T, heads, D) and twice (B or 1, T, 1, D)"
-        )
-    if x.shape[3] % 2:
-        raise ValueError(f"D is {x.shape[3]}; expected an even number: it is rotated in pairs")
+    x_shape, shape = x.shape, cos.shape
+    if len(x_shape) != 4 or shape != sin.shape or shape[1:] != (x_shape[1], 1, x_shape[3]) or shape[0] not in (1, x_shape[0]):
+        given = f"x {tuple(x_shape)}, cos {tuple(shape)}, sin {tuple(sin.shape)}"
+        raise ValueError(f"{given}; expected (B, T, heads, D) and twice (B or 1, T, 1, D)")
+    if x_shape[3] % 2:
+        raise ValueError(f"D is {x_shape[3]}; expected an even number: it is rotated in pairs")
     if not x.dtype == cos.dtype == sin.dtype:
         raise TypeError(f"x is {x.dtype}, cos {cos.dtype} and sin {sin.dtype}; cast them to one")
     if not x.device == cos.device == sin.device:

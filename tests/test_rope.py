@@ -24,8 +24,8 @@ OP = torch.ops.posttrain.rope
 
 
 def _case(B: int, T: int, heads: int, D: int, dtype: torch.dtype, rows: int = 1):
-    """(x, cos, sin, dy): x the first heads of a fused projection, dy of transposed heads. The table is of any numbers: the operation
-    must not count on halves that mirror each other."""
+    """(x, cos, sin, dy): x the first heads of a fused projection, dy of transposed heads. cos and sin are any numbers: the
+    operation must not count on halves that mirror each other."""
     generator = torch.Generator().manual_seed(B * T * heads * D)
     x = torch.randn(B, T, heads + 2, D, generator=generator).to(dtype).narrow(2, 0, heads)
     cos, sin = (torch.randn(rows, T + 1, D, generator=generator).to(dtype)[:, 1:, None] for _ in range(2))
@@ -129,9 +129,9 @@ def test_a_rotation_and_its_transpose_are_inverses(B, T, heads, half, transposed
 def test_strides(dtype):
     """Heads of a fused projection, of transposed heads, a gradient that is one number for all, a table and an x with D apart."""
     x, cos, sin, dy = _case(2, 7, 4, 32, dtype)
-    for given in (x, dy, x.narrow(1, 2, 7 - 2).narrow(3, 0, 32), x.flip(-1), torch.ones((), dtype=dtype).expand(2, 7, 4, 32)):
-        table = [t[:, -given.shape[1] :] for t in (cos, sin)]
-        assert torch.equal(rope(given, *table), rope(given.contiguous(), *table))
+    for view in (x, dy, x.narrow(1, 2, 5), torch.ones((), dtype=dtype).expand(2, 7, 4, 32)):
+        table = [t[:, -view.shape[1] :] for t in (cos, sin)]
+        assert torch.equal(rope(view, *table), rope(view.contiguous(), *table))
     apart = [t.transpose(1, 3).contiguous().transpose(1, 3) for t in (x, cos, sin)]
     assert apart[0].stride(3) != 1 and torch.equal(rope(*apart), rope(x, cos, sin))
     every = [t.expand(2, -1, -1, -1) for t in (cos, sin)]
@@ -209,9 +209,12 @@ def test_interpreted(dtype, shape):
 @pytest.mark.parametrize(
     ("dtype", "shape"),
     [
-        (torch.bfloat16, (2, 3, 12, 64)), (torch.bfloat16, (2, 3, 3, 66)), (torch.float16, (1, 2, 40, 128)), (torch.float32, (3, 2, 5, 80)),
+        (torch.bfloat16, (2, 3, 12, 64)),
+        (torch.bfloat16, (2, 3, 3, 66)),
+        (torch.float16, (1, 2, 40, 128)),
+        (torch.float32, (3, 2, 5, 80)),
     ],
-)  # fmt: skip
+)
 def test_emulated(arch, dtype, shape):
     four_bit.activate(arch)
     for rows in {1, shape[0]}:
@@ -231,7 +234,7 @@ def test_emulated_work(heads):
         rope_triton(x, cos, sin, False)
         rope_triton(dy, cos, sin, True)
     for launch in recorded.launches:
-        assert launch["dram"] <= 1.1 * (2 * 2 * x.numel() + 2 * 2 * T * D) and launch["spill"] == 0
+        assert launch["dram"] <= 2 * 2 * x.numel() + 2 * 2 * T * D and launch["spill"] == 0
         assert launch["occ"]["A100"][2] >= 0.5
 
 
