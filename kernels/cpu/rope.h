@@ -1,14 +1,35 @@
-/* A position's heads turned (kernels/rope.py). Part of template.h, after swiglu.h. Halves are widened ROPE_RUN pairs at a time: those of
- * cos and sin once for all heads. No product is fused with its sum: every instruction set returns the same bits. */
+/* A position's heads turned (kernels/rope.py). Part of template.h, after swiglu.h. cos and sin are widened ROPE_RUN pairs at a time, once
+ * for all heads. No product is fused with its sum: every instruction set returns the same bits. */
 
 enum { ROPE_RUN = 64 };
 
-/* n pairs: lo cos_lo + hi sin_lo, hi cos_hi + lo sin_hi. `table` has cos_lo, cos_hi, sin_lo, sin_hi, ROPE_RUN apart. */
-static inline void rope_pairs(const float *lo, const float *hi, const float *table, int64_t n, float *out_lo, float *out_hi) {
-    const float *cos_lo = table, *cos_hi = table + ROPE_RUN, *sin_lo = table + 2 * ROPE_RUN, *sin_hi = table + 3 * ROPE_RUN;
-    for (int64_t i = 0; i < n; i++) {
-        out_lo[i] = lo[i] * cos_lo[i] + hi[i] * sin_lo[i];
-        out_hi[i] = hi[i] * cos_hi[i] + lo[i] * sin_hi[i];
+/* The factors of a run: to a pair's low half belong lo cos_lo + hi sin_lo, to its high one hi cos_hi + lo sin_hi. */
+typedef struct {
+    float cos_lo[ROPE_RUN], cos_hi[ROPE_RUN], sin_lo[ROPE_RUN], sin_hi[ROPE_RUN];
+} rope_run;
+
+/* n pairs, at i of the run, in place. */
+static inline void rope_pairs(float *lo, float *hi, const rope_run *r, int64_t i, int64_t n) {
+    for (int64_t j = 0; j < n; j++) {
+        const float a = lo[j], b = hi[j];
+        lo[j] = a * r->cos_lo[i + j] + b * r->sin_lo[i + j];
+        hi[j] = b * r->cos_hi[i + j] + a * r->sin_hi[i + j];
+    }
+}
+
+/* n pairs whose halves are `other` bytes apart. Whole runs of 32 stay in registers, which takes arrays that no call sees. */
+static inline void rope_half(const char *x, int64_t other, int dtype, const rope_run *r, int64_t n, char *y) {
+    int64_t i = 0;
+    for (; i + 32 <= n; i += 32) {
+        float lo[32], hi[32];
+        widen32(x, dtype, i, lo), widen32(x + other, dtype, i, hi);
+        rope_pairs(lo, hi, r, i, 32);
+        narrow32(lo, dtype, y, i), narrow32(hi, dtype, y + other, i);
+    }
+    for (; i < n; i++) {
+        float lo = load_float(x, dtype, i), hi = load_float(x + other, dtype, i);
+        rope_pairs(&lo, &hi, r, i, 1);
+        store_float(lo, dtype, y, i), store_float(hi, dtype, y + other, i);
     }
 }
 
@@ -18,24 +39,10 @@ static inline void rope_heads(const char *x, int64_t stride, int64_t heads, cons
     const int64_t size = dtype == FLOAT32 ? 4 : 2, other = half * size;
     for (int64_t start = 0; start < half; start += ROPE_RUN) {
         const int64_t n = half - start < ROPE_RUN ? half - start : ROPE_RUN, at = start * size;
-        float table[4 * ROPE_RUN], lo[ROPE_RUN], hi[ROPE_RUN], out_lo[ROPE_RUN], out_hi[ROPE_RUN];
-        widen(cos + at, dtype, n, table), widen(cos + at + other, dtype, n, table + ROPE_RUN);
-        widen(sin + at, dtype, n, table + (transposed ? 3 : 2) * ROPE_RUN);
-        widen(sin + at + other, dtype, n, table + (transposed ? 2 : 3) * ROPE_RUN);
-        for (int64_t h = 0; h < heads; h++) {
-            const char *from = x + h * stride * size + at;
-            char *to = y + 2 * h * other + at;
-            int64_t i = 0;
-            for (; i + 32 <= n; i += 32) { /* of a fixed length: these stay in registers */
-                widen32(from, dtype, i, lo), widen32(from + other, dtype, i, hi);
-                rope_pairs(lo, hi, table + i, 32, out_lo, out_hi);
-                narrow32(out_lo, dtype, to, i), narrow32(out_hi, dtype, to + other, i);
-            }
-            if (i == n) continue;
-            widen(from + i * size, dtype, n - i, lo), widen(from + other + i * size, dtype, n - i, hi);
-            rope_pairs(lo, hi, table + i, n - i, out_lo, out_hi);
-            narrow(out_lo, dtype, n - i, to + i * size), narrow(out_hi, dtype, n - i, to + other + i * size);
-        }
+        rope_run r;
+        widen(cos + at, dtype, n, r.cos_lo), widen(cos + at + other, dtype, n, r.cos_hi);
+        widen(sin + at, dtype, n, transposed ? r.sin_hi : r.sin_lo), widen(sin + at + other, dtype, n, transposed ? r.sin_lo : r.sin_hi);
+        for (int64_t h = 0; h < heads; h++) rope_half(x + h * stride * size + at, other, dtype, &r, n, y + 2 * h * other + at);
     }
 }
 
