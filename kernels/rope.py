@@ -28,7 +28,10 @@ from ._variant import Variant
 from .cpu import pytorch_rope
 from .nf4 import DTYPES
 
-_PAIRS = 2048  # (x[i], x[i + D/2]) that a program holds at once
+# Pairs (x[i], x[i + D/2]) that a program turns at once: 8 a lane of one warp, so that 16-bit elements move 128 bits at a time. More
+# warps would each fetch and widen cos and sin for fewer heads: up to twice the instructions an element.
+_PAIRS = 256
+_WIDEST = 4096
 
 
 @triton.jit
@@ -59,16 +62,15 @@ def _rope_kernel(
 
 
 def _tile(heads: int, half: int) -> tuple[int, int, int]:
-    """(HEADS, BLOCK, warps): 8 pairs a thread, so that 16-bit elements move 128 bits at a time."""
+    """(HEADS, BLOCK, warps)."""
     block = triton.next_power_of_2(half)
-    at_once = max(min(triton.next_power_of_2(heads), _PAIRS // block), 1)
-    return at_once, block, max(at_once * block // 256, 1)
+    return max(min(triton.next_power_of_2(heads), _PAIRS // block), 1), block, max(block // _PAIRS, 1)
 
 
 def rope_triton(x: Tensor, cos: Tensor, sin: Tensor, transposed: bool) -> Tensor:
     """Launch the kernel, one program a position."""
     B, T, heads, D = x.shape
-    if x.dtype not in DTYPES or not x.numel() or D > 2 * _PAIRS:
+    if x.dtype not in DTYPES or not x.numel() or D > _WIDEST:
         return pytorch_rope.rope(x, cos, sin, transposed)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     x, cos, sin = (t if t.stride(3) == 1 else t.contiguous() for t in (x, cos.expand(B, -1, -1, -1), sin.expand(B, -1, -1, -1)))

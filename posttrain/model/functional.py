@@ -10,8 +10,8 @@ from torch import Tensor
 
 from posttrain import kernels
 
-# Up to so many elements without a gradient, on a CPU, PyTorch's two small kernels cost less than one operation of ours: about
-# 15 us of dispatch and call, in which PyTorch's SiLU does as many elements.
+# Up to so many elements without a gradient, on a CPU, PyTorch's two or three small kernels cost less than one operation of ours:
+# about 15 us of dispatch and call, in which PyTorch's SiLU does as many elements.
 FEW = 1 << 14
 
 
