@@ -1,5 +1,5 @@
-/* A position's heads turned (kernels/rope.py). Part of template.h, after swiglu.h. cos and sin are widened ROPE_RUN pairs at a time, once
- * for all heads. No product is fused with its sum: every instruction set returns the same bits. */
+/* A position's heads turned (kernels/rope.py). Part of template.h, after swiglu.h, whose MULTIPLY_ADD takes the sine's product unrounded,
+ * as PyTorch's addcmul does. cos and sin are widened ROPE_RUN pairs at a time, once for all heads. */
 
 enum { ROPE_RUN = 64 };
 
@@ -12,8 +12,8 @@ typedef struct {
 static inline void rope_pairs(float *lo, float *hi, const rope_run *r, int64_t i, int64_t n) {
     for (int64_t j = 0; j < n; j++) {
         const float a = lo[j], b = hi[j];
-        lo[j] = a * r->cos_lo[i + j] + b * r->sin_lo[i + j];
-        hi[j] = b * r->cos_hi[i + j] + a * r->sin_hi[i + j];
+        lo[j] = MULTIPLY_ADD(b, r->sin_lo[i + j], a * r->cos_lo[i + j]);
+        hi[j] = MULTIPLY_ADD(a, r->sin_hi[i + j], b * r->cos_hi[i + j]);
     }
 }
 
