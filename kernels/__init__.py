@@ -9,6 +9,7 @@ from .preference_loss import dpo_loss, kto_loss, preference_loss
 from .quantized_linear import quantized_linear
 from .quantized_weight import QuantizedWeight, quantize_weight
 from .rms_norm import rms_norm
+from .rope import rope
 from .spec_verify import verify_draft_tokens
 from .spec_verify_tree import tree_attention, verify_draft_tree
 from .swiglu import swiglu
@@ -35,6 +36,7 @@ __all__ = [
     "quantize_weight",
     "quantized_linear",
     "rms_norm",
+    "rope",
     "segment_rows",
     "swiglu",
     "tree_attention",

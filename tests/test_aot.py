@@ -18,7 +18,7 @@ import pytest
 pytestmark = pytest.mark.aot
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 # kernels that read or write long rows: they must move 128 bits at a time, where the processor can
-STREAMING = ("quantize_nf4_", "quantize_fp4_", "dequantize_", "quantized_linear_", "rms_norm_", "swiglu_")
+STREAMING = ("quantize_nf4_", "quantize_fp4_", "dequantize_", "quantized_linear_", "rms_norm_", "rope_", "swiglu_")
 # {(triton, target): bytes a thread} that an older ptxas keeps in local memory and that of CI's triton does not: docs/compiled.md
 SPILLED = {("3.6", "sm_80"): 16}
 

@@ -9,8 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from model_cases import CASES, hf_config
+from tolerance import assert_as_accurate
 
 from posttrain.model import ModelConfig
+from posttrain.model.functional import FEW
 from posttrain.model.rope import ROPE_TYPES, RopeConfig, RotaryTable, apply_rope, rope_frequencies
 
 
@@ -79,3 +81,15 @@ def test_a_table_grown_while_generating_serves_training():
     apply_rope(x, cos.double(), sin.double()).square().sum().backward()
     # A rotation keeps lengths, so the gradient of the squared length is 2x, but for the table's float32 roundings.
     assert (x.grad - 2 * x.detach()).abs().max() <= 4 * torch.finfo(torch.float32).eps * x.detach().abs().max() * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("count", [1, FEW // 64 + 1])
+def test_few_tokens_and_many_are_as_accurate(count, dtype):
+    """With a gradient and without, on either side of where the fused operation begins to pay."""
+    cos, sin = RotaryTable(RopeConfig(), 16, 4096).at(3, count, torch.device("cpu"), dtype)
+    x = torch.randn(1, count, 4, 16).to(dtype).requires_grad_()
+    plain, exact = (t * c + t.roll(8, -1) * s for t, c, s in ((x, cos, sin), (x.double(), cos.double(), sin.double())))
+    with torch.inference_mode():
+        assert_as_accurate(apply_rope(x, cos, sin), plain, exact)
+    assert_as_accurate(apply_rope(x, cos, sin), plain, exact)

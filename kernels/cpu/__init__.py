@@ -14,6 +14,7 @@ if find_spec("._native", __package__) is not None:
     from .native_logits import logit_rows
     from .native_logprobs import fused_logprobs
     from .native_rms_norm import rms_norm, rms_norm_backward
+    from .native_rope import rope
     from .native_spec_verify import logit_filter, tree_attention, verify_draft_tokens, verify_draft_tree
     from .native_swiglu import swiglu, swiglu_backward
 else:
@@ -24,6 +25,7 @@ else:
     from .pytorch_logits import fused_logprobs, logit_rows
     from .pytorch_multi_lora import multi_lora_add
     from .pytorch_rms_norm import rms_norm, rms_norm_backward
+    from .pytorch_rope import rope
     from .pytorch_spec_verify import tree_attention, verify_draft_tokens, verify_draft_tree
     from .pytorch_swiglu import swiglu, swiglu_backward
 
@@ -61,6 +63,7 @@ __all__ = [
     "quantize_4bit",
     "rms_norm",
     "rms_norm_backward",
+    "rope",
     "swiglu",
     "swiglu_backward",
     "tree_attention",

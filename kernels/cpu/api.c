@@ -277,6 +277,33 @@ int swiglu(const void *gate, const void *up, const void *dy, int dtype, int64_t 
     return 0;
 }
 
+typedef struct {
+    const char *x, *cos, *sin;
+    char *y;
+    int dtype, transposed;
+    int64_t B, T, heads, D, stride_xb, stride_xt, stride_xh, stride_cb, stride_ct, stride_sb, stride_st;
+} rope_job;
+
+static void rope_task(void *context, int64_t thread, int64_t threads) {
+    const rope_job *j = context;
+    const int64_t size = j->dtype == FLOAT32 ? 4 : 2, last = part_start(j->B * j->T, 1, thread + 1, threads);
+    for (int64_t i = part_start(j->B * j->T, 1, thread, threads); i < last; i++) {
+        const int64_t b = i / j->T, t = i % j->T;
+        engine->rope_position(j->x + (b * j->stride_xb + t * j->stride_xt) * size, j->stride_xh, j->heads,
+                              j->cos + (b * j->stride_cb + t * j->stride_ct) * size, j->sin + (b * j->stride_sb + t * j->stride_st) * size,
+                              j->dtype, j->D / 2, j->transposed, j->y + i * j->heads * j->D * size);
+    }
+}
+
+/* x (B, T, heads, D), cos and sin (B, T, D) by their strides, D's being 1; y is contiguous. */
+int rope(const void *x, const void *cos, const void *sin, int dtype, int64_t B, int64_t T, int64_t heads, int64_t D, int64_t stride_xb,
+         int64_t stride_xt, int64_t stride_xh, int64_t stride_cb, int64_t stride_ct, int64_t stride_sb, int64_t stride_st, int transposed,
+         void *y, int64_t threads) {
+    rope_job j = {x, cos, sin, y, dtype, transposed, B, T, heads, D, stride_xb, stride_xt, stride_xh, stride_cb, stride_ct, stride_sb, stride_st};
+    run_parallel(rope_task, &j, threads);
+    return 0;
+}
+
 int logit_filter(const void *logits, int dtype, int64_t N, int64_t V, int64_t stride, double temperature, int64_t top_k, double top_p,
                  const double *settings, float *threshold, float *log_total, int64_t threads) {
     filter_args a = {logits, dtype, N, V, stride, temperature, top_p, top_k, settings, threshold, log_total, threads, engine};

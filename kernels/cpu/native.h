@@ -74,6 +74,9 @@ typedef struct {
     /* n <= SWIGLU_RUN elements. */
     void (*swiglu_run)(const void *gate, const void *up, int dtype, int64_t n, void *y);
     void (*swiglu_run_backward)(const void *gate, const void *up, const void *dy, int dtype, int64_t n, void *dgate, void *dup);
+    /* One position's heads, `stride` elements apart in x and contiguous in y, of two halves each; cos and signed sin of a whole head. */
+    void (*rope_position)(const void *x, int64_t stride, int64_t heads, const void *cos, const void *sin, int dtype, int64_t half,
+                          int transposed, void *y);
     /* The index of the first of the largest logits, or -1; a row's filter; what is left of a row, its sum and a draw from it. */
     int64_t (*first_largest)(const void *z, int dtype, int64_t V);
     void (*filter_row)(struct sampled_row *row, int64_t top_k, double top_p, float *memory);

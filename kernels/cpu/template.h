@@ -215,6 +215,7 @@ static void axpys(const float *w, int64_t stride, int64_t rows, const float *dy,
 #include "logit_rows.h"
 #include "rms_norm.h"
 #include "swiglu.h"
+#include "rope.h"
 #include "row_filter.h"
 #include "row_race.h"
 
@@ -225,5 +226,6 @@ static void axpys(const float *w, int64_t stride, int64_t rows, const float *dy,
 
 const isa JOIN(isa_, ISA) = {
     STRING(ISA), quantize, decode_absmax, dequantize, dequantize_wide, double_quantize, widen, narrow, dots, axpys, logit_row,
-    rms_norm_row, rms_norm_row_backward, swiglu_run, swiglu_run_backward, first_largest, filter_row, leftover_mass, race,
+    rms_norm_row, rms_norm_row_backward, swiglu_run, swiglu_run_backward, rope_position, first_largest, filter_row,
+    leftover_mass, race,
 };

@@ -13,6 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from posttrain import kernels
+
+from .functional import FEW, decoding
+
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
 
 
@@ -191,5 +195,7 @@ class RotaryTable:
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x (B, T, heads, head_dim) by cos and signed sin (B or 1, T, 1, head_dim). Backward needs no copy of x."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+    """Rotate x (B, T, heads, head_dim) by cos and signed sin (B or 1, T, 1, head_dim), all of one dtype. Differentiable in x."""
+    if x.numel() <= FEW and decoding(x):
+        return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+    return kernels.rope(x, cos, sin)
