@@ -34,7 +34,7 @@ _PAIRS = 256
 _WIDEST = 4096
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "heads"])
 def _rope_kernel(
     x_ptr, cos_ptr, sin_ptr, y_ptr, T, heads, stride_xb, stride_xt, stride_xh, stride_cb, stride_ct, stride_sb, stride_st,
     HALF: tl.constexpr, TRANSPOSED: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
