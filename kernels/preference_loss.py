@@ -18,6 +18,7 @@ The GPU computes in float32; the CPU in the log-probabilities' own dtype. Oracle
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -139,8 +140,10 @@ def _backward(ctx, dlosses, *_):
 torch.library.register_autograd("posttrain::preference_loss", _backward, setup_context=_setup_context, lib=LIBRARY)
 
 
-def check_options(loss_type: str, f_divergence: str, beta: float, label_smoothing: float, alpha: float) -> Loss:
-    """The loss of that name; ValueError for an unknown one, or for an option that it does not have."""
+def check_options(
+    loss_type: str, f_divergence: str, beta: float, label_smoothing: float, alpha: float, simpo_gamma: float, discopop_tau: float
+) -> Loss:
+    """The loss of that name; ValueError for an unknown one, or for an option that it does not have or cannot."""
     if loss_type == "kto":
         raise ValueError("loss_type is 'kto', which has no pairs; use kto_loss")
     if loss_type not in LOSSES:
@@ -155,6 +158,12 @@ def check_options(loss_type: str, f_divergence: str, beta: float, label_smoothin
         raise ValueError(f"label_smoothing is {label_smoothing} with loss_type={loss_type!r}; expected {allowed}")
     if f_divergence != "reverse_kl" and not definition.divergence:
         raise ValueError(f"loss_type={loss_type!r} is not defined with f_divergence={f_divergence!r}; use 'reverse_kl'")
+    if not math.isfinite(alpha):
+        raise ValueError(f"alpha is {alpha}; expected a finite number")
+    if not math.isfinite(simpo_gamma):
+        raise ValueError(f"simpo_gamma is {simpo_gamma}; expected a finite margin")
+    if not 0.0 < discopop_tau < math.inf:
+        raise ValueError(f"discopop_tau is {discopop_tau}; expected a positive number: it divides every margin")
     if f_divergence == "alpha_divergence" and alpha == 1.0:
         raise ValueError("alpha is 1, where the alpha-divergence is the reverse KL; use f_divergence='reverse_kl'")
     return definition
@@ -208,7 +217,7 @@ def preference_loss(
     Raises ValueError for an unknown loss, shapes that differ, or an option that the loss does not have; TypeError for
     half-precision log-probabilities.
     """
-    definition = check_options(loss_type, f_divergence, beta, label_smoothing, alpha)
+    definition = check_options(loss_type, f_divergence, beta, label_smoothing, alpha, simpo_gamma, discopop_tau)
     lengths = chosen_lengths, rejected_lengths
     _check_tensors(
         {

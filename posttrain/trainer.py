@@ -36,12 +36,14 @@ IDENTITY = (
     "max_grad_norm", "seed", "loraplus_lr_ratio",
 )  # fmt: skip
 
+LONGEST = 10**12  # steps or epochs: these are multiplied and counted in floats, and an epoch's seed in 64 bits
+
 
 @dataclass(frozen=True)
 class TrainConfig:
     """Names as in transformers' TrainingArguments.
 
-    max_steps: optimizer steps; 0 lets num_train_epochs decide. warmup_ratio counts where warmup_steps is 0.
+    max_steps: optimizer steps; 0 lets num_train_epochs decide (each at most 10^12). warmup_ratio counts where warmup_steps is 0.
     max_grad_norm 0 does not clip. save_steps 0 keeps one checkpoint, the last. activation_checkpointing recomputes
     each layer in the backward pass: about a third more work, memory of one layer instead of all. loraplus_lr_ratio
     (PEFT's name): the rate of LoRA's B over learning_rate, which is A's (posttrain/adapters/lora_plus.py).
@@ -73,6 +75,9 @@ class TrainConfig:
         for name, low in at_least.items():
             if not low <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a finite number of at least {low}")
+        for name in ("max_steps", "num_train_epochs"):
+            if (value := getattr(self, name)) > LONGEST:
+                raise ValueError(f"{name} is {value}; expected at most {LONGEST:.0e}: a longer run has no end")
         for name in ("num_train_epochs", "learning_rate", "loraplus_lr_ratio"):
             if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value}; expected more than 0")

@@ -87,6 +87,8 @@ def test_scaling():
         ({"loftq_config": {"loftq_iter": 0}}, "loftq_iter of at least 1"),
         ({"loftq_config": {"bits": 4}}, "loftq_config has bits"),
         ({"target_modules": []}, "target_modules is empty"),
+        ({"target_modules": 5}, "target_modules is 5; expected a regular expression or a list of names"),
+        ({"exclude_modules": [5]}, r"exclude_modules is \[5\]; expected a regular expression or a list"),
         ({"target_modules": "(q"}, r"target_modules is '\(q', which is no regular expression: missing \)"),
         ({"exclude_modules": "*"}, "exclude_modules is .* nothing to repeat"),
         ({"rank_pattern": {"(q": 4}}, r"rank_pattern .*'\(q', which is no regular expression"),

@@ -74,7 +74,8 @@ def test_grpo_and_its_resumption(files, capsys):
     ("options", "message"),
     (
         (("--data", "sentiment:exam"), "expected sentiment:train, sentiment:validation, sentiment:test"),
-        (("--data", "no-such.jsonl"), "No such file"),
+        (("--data", "no-such.jsonl"), "--data no-such.jsonl: No such file or directory; expected a file of JSON lines or sent"),
+        (("--eval-data", "."), "--eval-data .: Is a directory; expected"),
         (("--reward-regex", "("), "is no regular expression"),
         (("--num-generations", 1), "a group needs at least 2"),
         (("--temperature", 0), "a policy that explores"),

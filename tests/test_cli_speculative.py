@@ -38,6 +38,11 @@ def test_what_does_not_go_together_is_named(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_an_error_names_the_whole_command(capsys):
+    assert main(["speculative", "plan", "--alpha", "2", "--gamma", "4", "--c", "0.1"]) == 1
+    assert capsys.readouterr().err.startswith("posttrain speculative plan: error: ")
+
+
 def test_the_command_line_names_all_drafters():
     from posttrain.cli.generate import DRAFTS
 

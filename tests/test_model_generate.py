@@ -112,6 +112,8 @@ def test_the_context_can_be_filled_and_not_passed():
         ({"temperature": -0.5}, "temperature is -0.5"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"top_k": -1}, "top_k is -1"),
+        ({"seed": 2**64}, "seed is 18446744073709551616; expected a whole number of 64 bits"),
+        ({"seed": -(2**63) - 1}, "seed is -9223372036854775809"),
         ({"top_p": 0.0}, "top_p is 0.0"),
         ({"top_p": 1.1}, "top_p is 1.1"),
     ],

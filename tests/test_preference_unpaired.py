@@ -90,7 +90,9 @@ def test_refusals(tmp_path):
     for options, message in (
         ({"loss_type": "sigmoid"}, "expected one of kto, apo_zero_unpaired"),
         ({"beta": 0}, "beta is 0; expected a positive number"),
-        ({"desirable_weight": -1}, "expected at least 0"),
+        ({"desirable_weight": -1}, "desirable_weight is -1 and undesirable_weight 1.0; expected finite numbers of at least 0"),
+        ({"undesirable_weight": float("inf")}, "undesirable_weight inf"),
+        ({"desirable_weight": 0, "undesirable_weight": 0}, "one above: nothing else trains"),
     ):
         with pytest.raises(ValueError, match=message):
             KtoConfig(**options)

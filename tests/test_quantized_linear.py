@@ -349,8 +349,8 @@ def test_gpu(dtype, M, N, K):
 
 
 @pytest.mark.gpu
-def test_gpu_buffers_are_per_stream():
-    """Two weights dequantized into reused buffers on two streams at once."""
+def test_gpu_dequantized_weights_are_per_stream():
+    """Two weights dequantized on two streams at once: neither's memory becomes the other's while it is read."""
     cases = [_case(2048, 512, 512, torch.bfloat16, device="cuda") for _ in range(2)]
     expected = [quantized_linear(*case) for case in cases]
     streams = [torch.cuda.Stream() for _ in cases]

@@ -126,6 +126,7 @@ def test_a_step_s_loss_is_the_oracle_s_however_it_is_cut(name, parts):
         (PPOConfig, {"lam": 1.1}, "expected 0 to 1"),
         (PPOConfig, {"kl_estimator": "k4"}, "expected one of k1, k2, k3"),
         (PPOConfig, {"kl_target": 0.0}, "expected a positive number of nats"),
+        (PPOConfig, {"missing_eos_penalty": math.nan}, "missing_eos_penalty is nan; expected a finite number"),
         (GRPOConfig, {"beta": -0.1}, "beta is -0.1"),
         (GRPOConfig, {"epsilon_high": -1.0}, "epsilon_high is -1.0"),
         (GRPOConfig, {"advantages": "gae"}, "expected one of group, rloo"),

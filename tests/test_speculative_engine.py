@@ -199,6 +199,8 @@ def test_modes_are_restored():
         ({"top_p": 0.0}, "top_p"),
         ({"draft_length": 0}, "draft_length is 0; expected at least 1"),
         ({"seed": [1, 2]}, "2 seeds for 1 prompts"),
+        ({"seed": 2**64}, "seed is 18446744073709551616; expected a whole number of 64 bits"),
+        ({"seed": [2**64]}, "seed is 18446744073709551616"),
         ({"adapter_ids": ["a"]}, "the model serves no adapters"),
     ],
 )

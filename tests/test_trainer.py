@@ -197,6 +197,9 @@ def test_what_cannot_be_trained(tmp_path):
         ({"learning_rate": 0.0}, "learning_rate is 0.0"),
         ({"learning_rate": math.nan}, "learning_rate is nan"),
         ({"num_train_epochs": 0}, "num_train_epochs is 0"),
+        ({"num_train_epochs": 1e308}, r"num_train_epochs is 1e\+308; expected at most 1e\+12"),
+        ({"num_train_epochs": math.inf}, "num_train_epochs is inf"),
+        ({"max_steps": 10**400}, "max_steps is 10+; expected at most"),
         ({"warmup_ratio": 1.5}, "warmup_ratio is 1.5"),
         ({"max_grad_norm": math.nan}, "max_grad_norm is nan"),
         ({"max_grad_norm": math.inf}, "max_grad_norm is inf"),  # a checkpoint's JSON cannot hold it

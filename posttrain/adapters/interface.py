@@ -43,7 +43,7 @@ from .bottleneck import BottleneckConfig
 from .ia3 import IA3Config
 from .lora_config import LoraConfig
 from .p_tuning import PromptEncoderConfig
-from .peft_format import read_adapter, write_adapter
+from .peft_format import check_types, read_adapter, write_adapter
 from .prefix import PrefixTuningConfig
 from .prompt import PromptTuningConfig
 
@@ -340,10 +340,12 @@ def fitting(
 
 def config_from_peft(content: dict, source: str | os.PathLike) -> Any:
     """The configuration that an adapter_config.json describes. PosttrainError where it asks for what is not supported."""
-    types = {kind.PEFT_TYPE: kind for kind in METHODS}
-    if content.get("peft_type") not in types:
-        raise PosttrainError(f"{source}: peft_type is {content.get('peft_type')!r}; supported are {', '.join(types)}")
-    return types[content["peft_type"]].from_peft(content, source)
+    given = content.get("peft_type")
+    kind = next((kind for kind in METHODS if given == kind.PEFT_TYPE), None)
+    if kind is None:
+        raise PosttrainError(f"{source}: peft_type is {given!r}; supported are {', '.join(kind.PEFT_TYPE for kind in METHODS)}")
+    check_types(kind, content, source)
+    return kind.from_peft(content, source)
 
 
 def _shapes_in(tensors: dict[str, Tensor], model: nn.Module, config: Any) -> dict[str, tuple[int, ...]]:

@@ -31,8 +31,10 @@ LOFTQ = {"loftq_bits": 4, "loftq_iter": 1, "quant_type": "nf4", "block_size": 64
 
 
 def check_patterns(**values: object) -> None:
-    """ValueError naming the field whose text is no regular expression."""
+    """ValueError naming the field that is neither None, a list of names, nor the text of a regular expression."""
     for name, value in values.items():
+        if not (value is None or isinstance(value, str) or (isinstance(value, list) and all(isinstance(v, str) for v in value))):
+            raise ValueError(f"{name} is {value!r}; expected a regular expression or a list of names")
         try:
             if isinstance(value, str):
                 re.compile(value)

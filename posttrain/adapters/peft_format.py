@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
@@ -56,8 +56,29 @@ def read_config(
         return kind(**{k: v for k, v in content.items() if k in known and v is not None})
     except ValueError as error:
         raise PosttrainError(f"{source}: {error}") from error
-    except (TypeError, AttributeError) as error:
-        raise PosttrainError(f"{source}: a field in {CONFIG_FILE} is of another type than PEFT writes: {error}") from error
+
+
+def check_types(kind: type, content: Mapping[str, Any], source: str | os.PathLike) -> None:
+    """PosttrainError naming the field of adapter_config.json whose value the field of `kind` cannot have."""
+    hints = get_type_hints(kind)
+    for field in fields(kind):
+        value = content.get(field.name)
+        if value is not None and not _is_a(value, hints[field.name]):
+            raise PosttrainError(f"{source}: {field.name} is {value!r}, of another type than PEFT writes; expected {field.type}")
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    """Whether a value read from JSON is of the type that the hint says; a whole number is a float, and a bool no number."""
+    inner = get_args(hint)
+    if get_origin(hint) is list:
+        return isinstance(value, list) and all(_is_a(item, inner[0]) for item in value)
+    if get_origin(hint) is dict:
+        return isinstance(value, dict) and all(_is_a(item, inner[1]) for item in value.values())
+    if inner:
+        return any(_is_a(value, one) for one in inner)
+    if hint in (int, float):
+        return isinstance(value, int if hint is int else (int, float)) and not isinstance(value, bool)
+    return hint is Any or isinstance(value, hint)
 
 
 def write_adapter(

@@ -83,6 +83,23 @@ def positive_int(text: str) -> int:
     return value
 
 
+def check_data(args: argparse.Namespace, made: tuple[str, ...] = ()) -> None:
+    """PosttrainError where --data or --eval-data cannot be read: a wrong path is told before the model is loaded.
+
+    made: what names that are no files begin with, such as "reviews:".
+    """
+    for option in ("data", "eval_data"):
+        name = getattr(args, option, None)
+        if name is None or name.startswith(made):
+            continue
+        try:
+            with open(name, "rb"):
+                pass
+        except OSError as error:
+            expected = " or ".join(["a file of JSON lines", *(f"{start}train, ..." for start in made)])
+            raise PosttrainError(f"--{option.replace('_', '-')} {name}: {error.strerror}; expected {expected}") from error
+
+
 def resolve_model(name: str) -> Path:
     """The folder of a local model, of a fetched one, or of the one that comes with posttrain."""
     if name in FETCHABLE_MODELS:

@@ -16,7 +16,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
-from posttrain.cli.common import add_model_arguments, load_model, positive_int, progress_bar, resolve_model
+from posttrain.cli.common import add_model_arguments, check_data, load_model, positive_int, progress_bar, resolve_model
 from posttrain.cli.sft import adapter_of, add_adapter_arguments
 from posttrain.cli.training import add_training_arguments, train_config
 from posttrain.errors import PosttrainError
@@ -68,6 +68,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def _numbers(option: str, text: str) -> list[float]:
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError as error:
+        raise PosttrainError(f"{option} {text!r}: expected numbers with commas between, one a loss, such as 1,0.5") from error
+
+
 def preference_of(args: argparse.Namespace) -> Any:
     """The PreferenceConfig, or for completions without pairs the KtoConfig, that the options say. PosttrainError where they do not
     go together."""
@@ -77,8 +84,10 @@ def preference_of(args: argparse.Namespace) -> Any:
     names = args.loss_type.split(",")
     try:
         if args.loss_type in UNPAIRED:
+            if args.loss_weights is not None:
+                raise PosttrainError(f"--loss-weights are of losses of pairs; of {args.loss_type} there is one")
             return KtoConfig(args.loss_type, args.beta, args.desirable_weight, args.undesirable_weight)
-        weights = None if args.loss_weights is None else [float(weight) for weight in args.loss_weights.split(",")]
+        weights = None if args.loss_weights is None else _numbers("--loss-weights", args.loss_weights)
         return PreferenceConfig(
             loss_type=names[0] if len(names) == 1 else names,
             loss_weights=weights,
@@ -129,10 +138,7 @@ def run(args: argparse.Namespace) -> None:
     args.quantize = args.quantize or RECIPES[args.method].quantize
     args.dtype = args.dtype or ("fp32" if args.method == "full" else "bf16")
     config = train_config(args, 3e-5 if args.method == "full" else 5e-4)
-    for name in filter(None, (args.data, args.eval_data)):
-        if not name.startswith(DERIVED):
-            with open(name, "rb"):  # a wrong path is told before the model is loaded
-                pass
+    check_data(args, (DERIVED,))
     model, tokenizer = load_model(args)
     paired = args.loss_type not in UNPAIRED
     data = read(args.data, tokenizer, args, paired)

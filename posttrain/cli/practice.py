@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
-from posttrain.cli.common import add_model_arguments, load_model, positive_int, progress_bar
+from posttrain.cli.common import add_model_arguments, check_data, load_model, positive_int, progress_bar
 from posttrain.cli.training import add_training_arguments, train_config
 from posttrain.errors import PosttrainError
 
@@ -93,10 +93,7 @@ def practise(args: argparse.Namespace, method: Method) -> None:
     from posttrain.trained_model import attach_for_training
 
     config = train_config(args, LEARNING_RATE)
-    for name in filter(None, (args.data, args.eval_data)):
-        if name.partition(":")[0] not in TASKS:
-            with open(name, "rb"):  # a wrong path is told before the model is loaded
-                pass
+    check_data(args, tuple(f"{task}:" for task in TASKS))
     model, tokenizer = load_model(args)
     prompts = read_prompts(args.data, tokenizer, args.max_length)
     unseen = read_prompts(args.eval_data, tokenizer, args.max_length)[: args.eval_limit] if args.eval_data else []

@@ -16,7 +16,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from posttrain.cli.common import add_model_arguments, load_model, positive_int, progress_bar
+from posttrain.cli.common import add_model_arguments, check_data, load_model, positive_int, progress_bar
 from posttrain.cli.training import add_training_arguments, train_config
 
 if TYPE_CHECKING:
@@ -72,10 +72,7 @@ def run(args: argparse.Namespace) -> None:
     from posttrain.reward import score_accuracy, train_reward_model
 
     config = train_config(args, LEARNING_RATE)
-    for name in filter(None, (args.data, args.eval_data)):
-        if not name.startswith(("reviews:", "positive:")):
-            with open(name, "rb"):  # a wrong path is told before the model is loaded
-                pass
+    check_data(args, ("reviews:", "positive:"))
     model, tokenizer = load_model(args)
     pairs = _read(args.data, tokenizer, args)
     held_out = _read(args.eval_data, tokenizer, args)[: args.eval_limit] if args.eval_data else []

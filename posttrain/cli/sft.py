@@ -23,7 +23,7 @@ import sys
 from dataclasses import replace
 from typing import Any
 
-from posttrain.cli.common import add_model_arguments, load_model, positive_int, resolve_model
+from posttrain.cli.common import add_model_arguments, check_data, load_model, positive_int, resolve_model
 from posttrain.cli.training import add_training_arguments, train_config
 from posttrain.errors import PosttrainError
 
@@ -125,8 +125,7 @@ def run(args: argparse.Namespace) -> None:
         args.quantize = None  # LoftQ needs the weights before, and leaves them in 4 bits
     args.dtype = args.dtype or ("fp32" if args.method == "full" else "bf16")
     config = train_config(args, recipe.learning_rate)
-    with open(args.data, "rb"):  # a wrong path is told before the model is loaded
-        pass
+    check_data(args)
     model, tokenizer = load_model(args)
     examples = load_dataset(args.data, tokenizer, args.max_length, "keep_end" if args.truncate else "error")
     learned = sum(example.num_labels for example in examples)

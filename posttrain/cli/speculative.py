@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             allow_abbrev=False,
         )
         module.add_arguments(command)
-        command.set_defaults(run_part=module.run)
+        command.set_defaults(run_part=module.run, prog=command.prog)
 
 
 def run(args: argparse.Namespace) -> None:

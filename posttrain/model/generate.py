@@ -37,9 +37,10 @@ def generate(
     alone; without them all prompts go through the base and the adapter that is attached, if any.
 
     Raises ValueError for an empty prompt, an id outside the vocabulary, or a prompt that with max_new_tokens exceeds
-    the context, or a name that no served adapter has.
+    the context, or a name that no served adapter has, or a seed of more than 64 bits.
     """
     check_sampling(temperature, top_k, top_p)
+    check_seed(seed)
     check_prompts(model, prompts, max_new_tokens)
     outputs: list[list[int]] = [[] for _ in prompts]
     if not prompts or max_new_tokens == 0:
@@ -102,6 +103,12 @@ def request_adapters(model: CausalLM, adapter_ids: Sequence[str | None] | None, 
     if served is None:
         raise ValueError("adapter_ids are given and the model serves no adapters; load them with posttrain.adapters.serving.load")
     return served.rows(adapter_ids, count, device)
+
+
+def check_seed(seed: int | None) -> None:
+    """ValueError for one that torch's generators do not hold."""
+    if seed is not None and not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed is {seed}; expected a whole number of 64 bits, from -2^63 to 2^64 - 1")
 
 
 def check_prompts(model: CausalLM, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:

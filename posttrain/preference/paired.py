@@ -6,6 +6,7 @@ is the same model with its adapter off, so that one copy of the base serves both
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -60,8 +61,13 @@ class PreferenceConfig:
         weights = [1.0] * len(terms) if self.loss_weights is None else self.loss_weights
         if len(weights) != len(terms) or not terms:
             raise ValueError(f"loss_weights are {len(weights)} and the losses {', '.join(terms) or 'none'}; expected one a loss")
+        if not all(map(math.isfinite, weights)) or not any(weights):
+            raise ValueError(f"loss_weights are {', '.join(map(str, weights))}; expected finite numbers, one at least other than 0")
         for name in terms:
-            check_options(name, self._divergence(name), self.beta, self._smoothing(name), self.f_alpha_divergence_coef)
+            check_options(
+                name, self._divergence(name), self.beta, self._smoothing(name), self.f_alpha_divergence_coef,
+                self.simpo_gamma, self.discopop_tau,
+            )  # fmt: skip
         if self.label_smoothing and not any(map(self._smoothing, terms)):
             raise ValueError(f"label_smoothing is {self.label_smoothing}, and {', '.join(terms)} has none; expected 0")
         if self.ld_alpha is not None and not 0 <= self.ld_alpha <= 1:

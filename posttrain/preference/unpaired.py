@@ -44,8 +44,12 @@ class KtoConfig:
             raise ValueError(f"loss_type is {self.loss_type!r}; expected one of {', '.join(LOSSES)}")
         if not 0 < self.beta < float("inf"):
             raise ValueError(f"beta is {self.beta}; expected a positive number")
-        if not (self.desirable_weight >= 0 and self.undesirable_weight >= 0):
-            raise ValueError(f"the weights are {self.desirable_weight} and {self.undesirable_weight}; expected at least 0")
+        weights = self.desirable_weight, self.undesirable_weight
+        if not all(0 <= weight < float("inf") for weight in weights) or not any(weights):
+            raise ValueError(
+                f"desirable_weight is {weights[0]} and undesirable_weight {weights[1]}; expected finite numbers of at least 0, and "
+                "one above: nothing else trains"
+            )
 
 
 @dataclass(frozen=True)

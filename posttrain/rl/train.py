@@ -50,6 +50,8 @@ class PPOConfig:
             raise ValueError(f"kl_estimator is {self.kl_estimator!r}; expected one of {', '.join(KL_ESTIMATORS)}")
         if self.kl_target is not None and not 0 < self.kl_target < math.inf:
             raise ValueError(f"kl_target is {self.kl_target}; expected a positive number of nats")
+        if self.missing_eos_penalty is not None and not math.isfinite(self.missing_eos_penalty):
+            raise ValueError(f"missing_eos_penalty is {self.missing_eos_penalty}; expected a finite number")
 
 
 @dataclass(frozen=True)

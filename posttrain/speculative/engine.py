@@ -19,7 +19,7 @@ from torch import Tensor
 from posttrain.kernels import tree_attention, verify_draft_tokens, verify_draft_tree
 from posttrain.model.decoder import CausalLM
 from posttrain.model.fused import fused_projections
-from posttrain.model.generate import check_prompts, left_pad, request_adapters
+from posttrain.model.generate import check_prompts, check_seed, left_pad, request_adapters
 from posttrain.model.kv_cache import KVCache
 from posttrain.model.sampling import check_sampling
 
@@ -113,11 +113,14 @@ def _seeds(seed: int | Sequence[int] | None, count: int, device: torch.device) -
     if seed is None:
         seed = int(torch.randint(2**62, ()))
     if isinstance(seed, int):
+        check_seed(seed)
         stream = random.Random(seed)
         return torch.tensor([stream.getrandbits(62) for _ in range(count)], device=device)
     if len(seed) != count:
         raise ValueError(f"{len(seed)} seeds for {count} prompts; expected one for each, or a single number")
-    return torch.tensor([int(one) for one in seed], device=device)
+    for one in seed:
+        check_seed(one)
+    return torch.tensor([(int(one) + 2**63) % 2**64 - 2**63 for one in seed], device=device)  # as int64
 
 
 class _Run:

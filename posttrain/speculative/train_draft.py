@@ -57,7 +57,7 @@ class DraftConfig:
     def __post_init__(self):
         if self.kind not in KINDS:
             raise ValueError(f"kind is {self.kind!r}; expected one of {', '.join(KINDS)}")
-        if self.unroll < 1 or self.depths < 1 or not 0 <= self.noise:
+        if self.unroll < 1 or self.depths < 1 or not 0 <= self.noise < float("inf"):
             raise ValueError(f"unroll is {self.unroll}, depths {self.depths} and noise {self.noise}; expected at least 1, 1 and 0")
 
 
