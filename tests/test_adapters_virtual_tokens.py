@@ -386,9 +386,9 @@ def test_examples_must_fit_beside_the_virtual_tokens(tmp_path):
     model = random_model(max_position_embeddings=20)
     longest = max(len(example.input_ids) for example in examples())
     config = PromptTuningConfig(20 - longest + 1)
-    with pytest.raises(PosttrainError, match=f"longest example has {longest} tokens; .* the model's context {longest - 1}"):
+    with pytest.raises(PosttrainError, match=f"longest example has {longest} tokens; .* the model's context holds {longest - 1}"):
         sft(model, examples(), settings(tmp_path), config, quiet=True)
     assert not adapters.adapter_names(model)
     attach(model, config)
-    with pytest.raises(PosttrainError, match=f"the model's context {longest - 1}"):
+    with pytest.raises(PosttrainError, match=f"the model's context holds {longest - 1}"):
         sft(model, examples(), settings(tmp_path), quiet=True)
