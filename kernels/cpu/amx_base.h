@@ -8,9 +8,6 @@
 static inline int64_t steps_of(int64_t n) { return ceil_div(n, BLOCK); }
 static inline int has_base(const many_rows_layer *l) { return l->dense || l->packed; }
 
-/* A core may be much slower than its neighbour, whose other thread another machine uses: each takes work as it gets done. */
-static inline int64_t take_unit(int64_t *next) { return __atomic_fetch_add(next, 1, __ATOMIC_RELAXED); }
-
 static inline weight base_of(const many_rows_layer *l) {
     if (!l->packed) return (weight){0};
     return make_weight(l->packed, l->absmax, l->nested_absmax, l->nested_offset, l->nested_block_size, l->block_size, l->quant_type);

@@ -38,6 +38,7 @@ static void shrink_unit(const multi_lora_job *j, const segment *g, int64_t row, 
 }
 
 static void shrink_task(void *context, int64_t thread, int64_t threads) {
+    (void)thread, (void)threads;
     multi_lora_job *j = context;
     float *memory = scratch(1, (RANK_BLOCK + ROW_BLOCK) * CHUNK * sizeof(float));
     const segment *g = j->segments;
@@ -45,7 +46,7 @@ static void shrink_task(void *context, int64_t thread, int64_t threads) {
         j->failed = 1;
         return;
     }
-    for (int64_t unit; (unit = take_unit(j)) < j->segments[j->count].shrink_unit; (void)thread, (void)threads) {
+    for (int64_t unit; (unit = take_unit(&j->next)) < j->segments[j->count].shrink_unit;) {
         while (unit >= g[1].shrink_unit) g++;
         const int64_t blocks = ceil_div(g->rank, RANK_BLOCK), inside = unit - g->shrink_unit;
         shrink_unit(j, g, inside / blocks * ROW_BLOCK, inside % blocks * RANK_BLOCK, memory);
@@ -73,6 +74,7 @@ static void expand_unit(const multi_lora_job *j, const segment *g, int64_t n, fl
 }
 
 static void expand_task(void *context, int64_t thread, int64_t threads) {
+    (void)thread, (void)threads;
     multi_lora_job *j = context;
     float *memory = scratch(1, (j->args->r * (EXPAND_COLUMNS + 1) + 2 * EXPAND_COLUMNS) * sizeof(float));
     const segment *g = j->segments;
@@ -80,7 +82,7 @@ static void expand_task(void *context, int64_t thread, int64_t threads) {
         j->failed = 1;
         return;
     }
-    for (int64_t unit; (unit = take_unit(j)) < j->segments[j->count].expand_unit; (void)thread, (void)threads) {
+    for (int64_t unit; (unit = take_unit(&j->next)) < j->segments[j->count].expand_unit;) {
         while (unit >= g[1].expand_unit) g++;
         expand_unit(j, g, (unit - g->expand_unit) * EXPAND_COLUMNS, memory);
     }

@@ -35,8 +35,6 @@ typedef struct {
     int failed;
 } multi_lora_job;
 
-static inline int64_t take_unit(multi_lora_job *j) { return __atomic_fetch_add(&j->next, 1, __ATOMIC_RELAXED); }
-
 /* 0; -1 out of memory; 2 + 2 m when row m's id is none of the adapters'; 3 + 2 i when adapter i's rank is not one of 0 to r. */
 int64_t multi_lora(const multi_lora_args *a, int bf16_units);
 

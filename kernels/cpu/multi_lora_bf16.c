@@ -59,9 +59,10 @@ static void shrink_rows(const multi_lora_job *j, const segment *g, int64_t place
 }
 
 void multi_lora_bf16_shrink(void *context, int64_t thread, int64_t threads) {
+    (void)thread, (void)threads;
     multi_lora_job *j = context;
     const segment *g = j->segments;
-    for (int64_t unit; (unit = take_unit(j)) < j->segments[j->count].shrink_unit; (void)thread, (void)threads) {
+    for (int64_t unit; (unit = take_unit(&j->next)) < j->segments[j->count].shrink_unit;) {
         while (unit >= g[1].shrink_unit) g++;
         const int64_t blocks = ceil_div(g->rank, RANK_BLOCK), inside = unit - g->shrink_unit;
         const int64_t row = inside / blocks * ROW_BLOCK, rank = inside % blocks * RANK_BLOCK;
@@ -112,6 +113,7 @@ static inline void expand_row(const int32_t *s, const __m512i *w, int64_t stride
 }
 
 void multi_lora_bf16_expand(void *context, int64_t thread, int64_t threads) {
+    (void)thread, (void)threads;
     multi_lora_job *j = context;
     const multi_lora_args *a = j->args;
     const segment *g = j->segments;
@@ -121,7 +123,7 @@ void multi_lora_bf16_expand(void *context, int64_t thread, int64_t threads) {
         j->failed = 1;
         return;
     }
-    for (int64_t unit; (unit = take_unit(j)) < j->segments[j->count].expand_unit; (void)thread, (void)threads) {
+    for (int64_t unit; (unit = take_unit(&j->next)) < j->segments[j->count].expand_unit;) {
         while (unit >= g[1].expand_unit) g++;
         const int64_t n = (unit - g->expand_unit) * EXPAND_COLUMNS, pairs = ceil_div(g->rank, 2);
         const int64_t columns = a->N - n < EXPAND_COLUMNS ? a->N - n : EXPAND_COLUMNS;

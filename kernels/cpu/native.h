@@ -98,6 +98,8 @@ static inline int64_t part_start(int64_t n, int64_t unit, int64_t part, int64_t 
 /* runtime.c */
 typedef void (*task)(void *context, int64_t thread, int64_t threads);
 void run_parallel(task function, void *context, int64_t threads);
+/* A core may be much slower than its neighbour, whose other thread another machine uses: each takes work as it gets done. */
+static inline int64_t take_unit(int64_t *next) { return __atomic_fetch_add(next, 1, __ATOMIC_RELAXED); }
 /* 64-byte aligned memory of the calling thread, kept for its next call; `slot` < SCRATCH_SLOTS. NULL when out of memory. */
 enum { SCRATCH_SLOTS = 4 };
 void *scratch(int slot, size_t bytes);

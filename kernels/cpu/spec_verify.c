@@ -135,6 +135,7 @@ static int in_order(const int64_t *parents, int64_t num) {
 }
 
 static void spec_task(void *context, int64_t thread, int64_t threads) {
+    (void)thread, (void)threads;
     spec_job *j = context;
     const spec_args *a = j->a;
     const int64_t room = filter_room(a->V);
@@ -144,7 +145,7 @@ static void spec_task(void *context, int64_t thread, int64_t threads) {
         return;
     }
     float *rows = (float *)(memory + a->N + 1);
-    for (int64_t b; (b = __atomic_fetch_add(&j->next, 1, __ATOMIC_RELAXED)) < a->B; (void)thread, (void)threads) {
+    for (int64_t b; (b = take_unit(&j->next)) < a->B;) {
         const double *own = a->settings ? a->settings + 3 * b : NULL;
         request r = {a, a->nodes + b * a->N, a->parents ? a->parents + b * a->parents_stride : NULL, b, a->num[b],
                      own ? (int64_t)own[1] : a->top_k, own ? own[0] : a->temperature, own ? own[2] : a->top_p,

@@ -141,9 +141,12 @@ def attach(model: nn.Module, config: Any, name: str = "default", *, dtype: torch
 def _check_targets(model: nn.Module, config: Any) -> None:
     """ValueError naming what is listed in target_modules and ends the name of no layer. (A file's list may hold such names, as
     PEFT's do: there the tensors say where the adapter is.)"""
-    targets = getattr(config, "target_modules", "")
+    targets = getattr(config, "target_modules", None)
+    if not isinstance(targets, list):
+        return
     layers = [f".{name}" for name, _ in model.named_modules()]
-    if lost := [t for t in targets if not any(layer.endswith(f".{t}") for layer in layers)] if isinstance(targets, list) else []:
+    lost = [target for target in targets if not any(layer.endswith(f".{target}") for layer in layers)]
+    if lost:
         raise ValueError(f"target_modules={targets!r}: {', '.join(map(repr, lost))} matches no layer; leave it out or correct it")
 
 
