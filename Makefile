@@ -64,6 +64,7 @@ bench:           ## every operation and method beside its peers, on this machine
 
 lint: $(STAMP)   ## ruff and mypy
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check -q .
 	$(BIN)/mypy
 
 wheel: $(STAMP)  ## build the wheel and import it from an empty directory, in a fresh environment

@@ -1,4 +1,5 @@
 """Builds the native CPU engine. All metadata is in pyproject.toml."""
+
 from glob import glob
 
 from setuptools import Extension, setup

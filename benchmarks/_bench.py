@@ -4,6 +4,7 @@ Candidates run one after the other in every round, so that a noisy machine distu
 shown, and ratios of medians. `--cpu-time --threads 1` counts the thread's own processor time: on a machine that other processes
 share it is the fairer clock.
 """
+
 from __future__ import annotations
 
 import argparse

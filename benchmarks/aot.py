@@ -8,6 +8,7 @@ Fails when a kernel spills registers or wants more shared memory than a program 
 
     python benchmarks/aot.py [text in the kernel's name] [--target sm_80]
 """
+
 from __future__ import annotations
 
 import argparse

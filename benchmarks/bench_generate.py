@@ -7,6 +7,7 @@ this machine's measured read bandwidth. Peak memory is that of a fresh process e
 
     python benchmarks/bench_generate.py [--model PATH] [--tokens 32] [--rounds 5] [--json FILE]
 """
+
 from __future__ import annotations
 
 import argparse

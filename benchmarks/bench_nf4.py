@@ -4,6 +4,7 @@ The limit is the bytes that must move over the measured bandwidth: x read and 4.
 tensor of this size costs page faults besides, for everyone but our second: large results take the memory of one that was freed
 (kernels/cpu/recycled.py). "new pages" is ours without that; "into" writes to a tensor that is already there.
 """
+
 from __future__ import annotations
 
 import importlib.util

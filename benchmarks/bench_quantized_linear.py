@@ -3,6 +3,7 @@
 bitsandbytes has two on a CPU: `matmul_4bit`, which dequantizes the whole weight every time, and what `Linear4bit.eval()` repacks
 itself into on machines with AVX-512 BF16. The limit is the packed weight, x and y over the measured bandwidth.
 """
+
 from __future__ import annotations
 
 import importlib.util

@@ -229,9 +229,7 @@ def main() -> None:
     parser.add_argument("--model", help="a Hugging Face folder of SmolLM2-135M's shape")
     parser.add_argument("--json", help="file to write")
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
-    parser.add_argument(
-        "--cpu-time", action="store_true", help="processor seconds instead: for a machine with other work"
-    )
+    parser.add_argument("--cpu-time", action="store_true", help="processor seconds instead: for a machine with other work")
     parser.add_argument("--memory-of", choices=SYSTEMS, help=argparse.SUPPRESS)
     parser.add_argument("--adapter", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -1,4 +1,5 @@
 """Operations: tensors in, tensors out. Importing this imports torch; triton only where it is installed."""
+
 from .double_quant import DoubleQuantized, double_dequantize, double_quantize
 from .linear_logprobs import linear_logprobs
 from .logit_filter import logit_filter

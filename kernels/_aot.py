@@ -4,6 +4,7 @@ Used by tests/test_aot.py and `make aot`; nothing at run time imports it. Regist
 (cuobjdump is in triton's wheel), the widths of global accesses from PTX, whose accesses become machine code one for one
 (the tests look at SASS too, on some); on AMD both come from the assembly that the compiler leaves.
 """
+
 from __future__ import annotations
 
 import importlib

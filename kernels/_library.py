@@ -2,6 +2,7 @@
 
 `Library.define/impl` costs about 7 us a call on a CPU where `custom_op` costs about 20: decoding notices.
 """
+
 import torch
 
 LIBRARY = torch.library.Library("posttrain", "DEF")

@@ -6,6 +6,7 @@ apart from high bytes; `lookup_word` then picks bytes out of them with PRMT, whi
 selectors at once: 2.6 instructions a weight, no memory access and no branch. AMD and fp32 output multiply instead
 (`value` gathered from a 16-entry table); both ways give the same bits, since both round value * absmax once.
 """
+
 from __future__ import annotations
 
 import struct
@@ -53,9 +54,7 @@ _LOOKUP_WORD = tl.constexpr(_lookup_word_asm())
 
 
 @triton.jit
-def decode_absmax(
-    absmax_ptr, block, mask, dynamic_map_ptr, nested_absmax_ptr, nested_offset_ptr, NESTED_BLOCK: tl.constexpr
-):
+def decode_absmax(absmax_ptr, block, mask, dynamic_map_ptr, nested_absmax_ptr, nested_offset_ptr, NESTED_BLOCK: tl.constexpr):
     """absmax float32 of `block` (any shape): what absmax_ptr holds if NESTED_BLOCK is 0, else map[code] * nested + offset."""
     if NESTED_BLOCK == 0:
         absmax = tl.load(absmax_ptr + block, mask=mask, other=0.0)

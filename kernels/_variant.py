@@ -1,4 +1,5 @@
 """One configuration in which a kernel can be launched: what ahead-of-time compilation builds and inspects."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass, field

@@ -7,6 +7,7 @@ original does. FP4 is sign, two exponent bits and one mantissa bit, divided by 1
 The dynamic map (Dettmers et al. 2021, arXiv:2110.02861) gives each decade from 1e-6 to 1 its own evenly spaced
 fractions.
 """
+
 from __future__ import annotations
 
 import functools

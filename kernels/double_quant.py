@@ -17,6 +17,7 @@ smallest one that does not. The format is bitsandbytes', which loads the result.
 Least bytes: 8 n to find the mean and quantize, n + 4 n / block_size written; dequantize reads those and writes 4 n.
 Oracle: reference/double_quant.py.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -157,8 +158,7 @@ def double_dequantize(dq: DoubleQuantized) -> Tensor:
     n = dq.codes.numel()
     if dq.codes.dtype != torch.uint8 or dq.absmax.dtype != torch.float32 or dq.offset.dtype != torch.float32:
         raise TypeError(
-            f"codes are {dq.codes.dtype}, absmax {dq.absmax.dtype}, offset {dq.offset.dtype}; "
-            "expected uint8, float32, float32"
+            f"codes are {dq.codes.dtype}, absmax {dq.absmax.dtype}, offset {dq.offset.dtype}; expected uint8, float32, float32"
         )
     if dq.absmax.numel() != -(-n // dq.block_size) or dq.offset.numel() != 1:
         raise ValueError(

@@ -19,6 +19,7 @@ itemsize * n.
 Instructions: docs/math/nf4.md counts them; `make counters` measures them.
 Oracle: reference/nf4.py.
 """
+
 from __future__ import annotations
 
 import math
@@ -97,9 +98,7 @@ def _quantize_4bit_kernel(
 
 
 @triton.jit(do_not_specialize=["length"])
-def _quantize_4bit_short_kernel(
-    x_ptr, upper_ptr, packed_ptr, absmax_ptr, length, TILE: tl.constexpr, QUANT_TYPE: tl.constexpr
-):
+def _quantize_4bit_short_kernel(x_ptr, upper_ptr, packed_ptr, absmax_ptr, length, TILE: tl.constexpr, QUANT_TYPE: tl.constexpr):
     # One program owns the last block when it is short: its `length` values are divided, and end on any nibble.
     offs = tl.arange(0, TILE)
     x = tl.load(x_ptr + offs, mask=offs < length, other=0.0).to(tl.float32)
@@ -225,9 +224,7 @@ def _quantize_fake(x, block_size, quant_type):
     return x.new_empty((n + 1) // 2, dtype=torch.uint8), x.new_empty(-(-n // block_size), dtype=torch.float32)
 
 
-def _dequantize_fake(
-    packed, absmax, nested_absmax, nested_offset, nested_block_size, shape, dtype, block_size, quant_type
-):
+def _dequantize_fake(packed, absmax, nested_absmax, nested_offset, nested_block_size, shape, dtype, block_size, quant_type):
     return packed.new_empty(shape, dtype=dtype)
 
 

@@ -1,4 +1,5 @@
 """Writes that a kill or a full disk cannot leave half done."""
+
 from __future__ import annotations
 
 import contextlib

@@ -82,16 +82,12 @@ def _bytes(text: str) -> Tensor:
     return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
 
 
-def save_checkpoint(
-    folder: str | os.PathLike, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
-) -> Path:
+def save_checkpoint(folder: str | os.PathLike, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Path:
     """Write checkpoint-<state["step"]> in `folder` with the random states as they are now. Returns its path."""
     path = Path(folder) / f"checkpoint-{state['step']}"
     names: dict[Tensor, str] = {parameter: name for name, parameter in trainable(model).items()}
     tensors = {
-        f"{names[parameter]}.{entry}": value
-        for parameter, entries in optimizer.state.items()
-        for entry, value in entries.items()
+        f"{names[parameter]}.{entry}": value for parameter, entries in optimizer.state.items() for entry, value in entries.items()
     }
     with atomic_dir(path) as temporary:
         if (weights := weights_file(model)) == WEIGHTS_FILE:
@@ -162,9 +158,7 @@ def load_checkpoint(path: str | os.PathLike, model: nn.Module, optimizer: torch.
     for key, value in moments.items():
         name, _, entry = key.rpartition(".")
         if name not in entries:
-            raise PosttrainError(
-                f"{path / OPTIMIZER} is of another model: it holds {key}; resume from another checkpoint"
-            )
+            raise PosttrainError(f"{path / OPTIMIZER} is of another model: it holds {key}; resume from another checkpoint")
         entries[name][entry] = value
     with torch.no_grad():
         for name, parameter in parameters.items():

@@ -54,9 +54,7 @@ def read_jsonl(path: str | os.PathLike, kinds: str = KINDS) -> Iterator[tuple[in
             try:
                 row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"), object_pairs_hook=_object)
             except UnicodeDecodeError as error:
-                raise PosttrainError(
-                    f"{path}:{number}: not UTF-8 (byte {error.start}); save the file as UTF-8"
-                ) from error
+                raise PosttrainError(f"{path}:{number}: not UTF-8 (byte {error.start}); save the file as UTF-8") from error
             except (ValueError, RecursionError) as error:
                 raise PosttrainError(f"{path}:{number}: not JSON: {error}; expected one object a line") from error
             if not isinstance(row, dict):
@@ -104,9 +102,7 @@ def encode(row: dict[str, Any], tokenizer: Any) -> Example:
     else:
         example = encode_completion(row, "completion", tokenizer)
     if not example.num_labels:
-        raise ValueError(
-            "nothing to learn: no token of this row has a label (an assistant message or a completion is needed)"
-        )
+        raise ValueError("nothing to learn: no token of this row has a label (an assistant message or a completion is needed)")
     return example
 
 

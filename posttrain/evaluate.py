@@ -172,9 +172,7 @@ def generation_accuracy(
                 texts[i] = tokenizer.decode(ids).strip()
             if progress:
                 progress(start + len(batch), len(order))
-    correct = [
-        matches[match](text.casefold(), answer.strip().casefold()) for text, answer in zip(texts, answers, strict=True)
-    ]
+    correct = [matches[match](text.casefold(), answer.strip().casefold()) for text, answer in zip(texts, answers, strict=True)]
     return Accuracy(texts, correct)
 
 
@@ -223,9 +221,7 @@ def _check_items(model: CausalLM, items: Sequence[ChoiceItem]) -> None:
             raise ValueError(f"item {i}: a prompt and each of its choices need at least one token")
         longest = len(item.prompt) + max(map(len, item.choices)) - 1
         if longest > context:
-            raise ValueError(
-                f"item {i} takes {longest} tokens, longer than the model's context of {context}; shorten the prompt"
-            )
+            raise ValueError(f"item {i} takes {longest} tokens, longer than the model's context of {context}; shorten the prompt")
 
 
 def _shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
@@ -266,9 +262,7 @@ def _prefill(model: CausalLM, items: Sequence[ChoiceItem], shared: int) -> KVCac
     return cache
 
 
-def _score_batch(
-    model: CausalLM, items: Sequence[ChoiceItem], shared: int, prefix: KVCache | None
-) -> list[list[float]]:
+def _score_batch(model: CausalLM, items: Sequence[ChoiceItem], shared: int, prefix: KVCache | None) -> list[list[float]]:
     """log-probabilities (rows, choices). First tokens are read off the prompts' last positions, the rest continue."""
     device, rows = _device(model), len(items)
     lengths = torch.tensor([len(item.prompt) - shared for item in items], device=device)

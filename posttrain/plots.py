@@ -50,8 +50,7 @@ def line_chart(
         return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" {more}>{escape(content)}</text>'
 
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
-        'font-family="sans-serif" font-size="12">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="12">',
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
         text(WIDTH / 2, 22, title, more='font-size="15"'),
         text(WIDTH / 2, HEIGHT - 8, x_label),
@@ -65,8 +64,7 @@ def line_chart(
         u, _ = at(x, y0)
         parts.append(text(u, HEIGHT - BOTTOM + 18, f"{x:.6g}"))
     parts.append(
-        f'<polyline points="{LEFT},{TOP} {LEFT},{HEIGHT - BOTTOM} {WIDTH - RIGHT},{HEIGHT - BOTTOM}" '
-        'fill="none" stroke="#444"/>'
+        f'<polyline points="{LEFT},{TOP} {LEFT},{HEIGHT - BOTTOM} {WIDTH - RIGHT},{HEIGHT - BOTTOM}" fill="none" stroke="#444"/>'
     )
     for i, (name, line) in enumerate(series.items()):
         color = COLORS[i % len(COLORS)]

@@ -31,9 +31,7 @@ class QuantizedLinear(nn.Module):
     def __init__(self, weight: QuantizedWeight, bias: Tensor | None = None):
         super().__init__()
         if len(weight.shape) != 2:
-            raise ValueError(
-                f"a linear layer's weight has two dimensions, and this one's shape is {tuple(weight.shape)}"
-            )
+            raise ValueError(f"a linear layer's weight has two dimensions, and this one's shape is {tuple(weight.shape)}")
         self.out_features, self.in_features = weight.shape
         *tensors, self._nested_block_size = weight.tensors()
         for name, tensor in zip(_BUFFERS, tensors, strict=True):
@@ -122,9 +120,7 @@ def quantize_model(
     names = []
     for name, linear in list(quantizable_linears(model, skip)):
         parent, _, last = name.rpartition(".")
-        setattr(
-            model.get_submodule(parent), last, QuantizedLinear.from_linear(linear, quant_type, block_size, double_quant)
-        )
+        setattr(model.get_submodule(parent), last, QuantizedLinear.from_linear(linear, quant_type, block_size, double_quant))
         names.append(name)
     return names
 

@@ -242,9 +242,7 @@ def reload_error(before: Accuracy, after: Accuracy) -> float:
             f"{changed[0]}): what was saved is not what was trained. Please report this with `posttrain doctor`"
         )
     return max(
-        abs(x - y)
-        for rows in zip(before.logprobs or [], after.logprobs or [], strict=True)
-        for x, y in zip(*rows, strict=True)
+        abs(x - y) for rows in zip(before.logprobs or [], after.logprobs or [], strict=True) for x, y in zip(*rows, strict=True)
     )
 
 

@@ -17,6 +17,7 @@ did best (SmolLM2-135M-Instruct in bfloat16: 0.815 of 400; three other plain one
 template 0.500 to 0.805, each with its best way to write the choices), so that what training adds is not a weak prompt
 repaired. It is also the shortest: 30 tokens on average, 64 to 76 in the chat template.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -56,8 +57,10 @@ class Splits(NamedTuple):
 
     def counts(self) -> dict[str, dict[str, int]]:
         """{split: {label: items}}."""
-        return {name: {label: sum(review.label == label for review in split) for label in LABELS}
-                for name, split in self._asdict().items()}
+        return {
+            name: {label: sum(review.label == label for review in split) for label in LABELS}
+            for name, split in self._asdict().items()
+        }
 
 
 def load_reviews(path: str | os.PathLike) -> Splits:
@@ -75,8 +78,9 @@ def load_reviews(path: str | os.PathLike) -> Splits:
         fields = line.decode("utf-8", errors="replace").split("\t")
         score = _score(fields[1]) if len(fields) == 3 else None
         if score is None or not fields[2].strip() or "\ufffd" in fields[2]:
-            raise ValueError(f"{file}, line {number}: {line[:60]!r} is not `id TAB score from -4 to 4 TAB text` in "
-                             "UTF-8; fetch it again")
+            raise ValueError(
+                f"{file}, line {number}: {line[:60]!r} is not `id TAB score from -4 to 4 TAB text` in UTF-8; fetch it again"
+            )
         if abs(score) > MIN_SCORE:
             reviews.append(Review(fields[2].strip(), LABELS[score > 0], score))
     if not reviews:

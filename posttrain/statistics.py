@@ -106,8 +106,7 @@ def items_needed(discordant: float, difference: float, alpha: float = 0.05, powe
     d = abs(difference)
     if not 0 < d <= discordant <= 1:
         raise ValueError(
-            "items_needed: expected 0 < |difference| <= discordant <= 1, "
-            f"given difference {difference} and discordant {discordant}"
+            f"items_needed: expected 0 < |difference| <= discordant <= 1, given difference {difference} and discordant {discordant}"
         )
     if not (0 < alpha < 1 and 0 < power < 1):
         raise ValueError(f"items_needed: alpha and power lie between 0 and 1, given {alpha} and {power}")

@@ -4,6 +4,7 @@ Quantization" and equation 6; the 8-bit type is the dynamic map of Dettmers et a
 Codes are compared exactly, so float32 roundings are written out as `f32(...)` (see reference/nf4.py). The mean alone is
 left to the caller: its rounding depends on the order of summation, which the format does not fix.
 """
+
 import math
 
 import numpy as np

@@ -5,6 +5,7 @@ Codes and bytes are compared exactly, so every float32 rounding of the format is
 holds the product and the quotient of two float32 closely enough that rounding them to float32 afterwards is the same as
 rounding once (53 >= 2 * 24 + 2 digits, Figueroa 1995).
 """
+
 import math
 from statistics import NormalDist
 

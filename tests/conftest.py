@@ -3,6 +3,7 @@
 Three kinds of test need a process of their own, since triton decides at import or activation how kernels run; `make test`
 starts one for each, and elsewhere they are deselected (never skipped silently: the count of deselected tests shows).
 """
+
 from __future__ import annotations
 
 import importlib.util
@@ -18,9 +19,7 @@ OWN_PROCESS = ("interpret", "aot", "emulated", "gpu")
 torch.use_deterministic_algorithms(True, warn_only=True)
 torch.utils.deterministic.fill_uninitialized_memory = True
 torch.set_num_threads(min(2, os.cpu_count() or 1))
-settings.register_profile(
-    "default", deadline=None, max_examples=25, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
-)
+settings.register_profile("default", deadline=None, max_examples=25, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("default")
 
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):

@@ -1,4 +1,5 @@
 """What the tests of 4-bit kernels share: adversarial inputs, the oracle on tensors, bitwise comparison, the engines."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -36,9 +37,7 @@ def oracle_dequantize(packed, absmax, shape, dtype, block_size: int, quant_type:
 
 
 def oracle_double_dequantize(codes, nested_absmax, offset, block_size: int = 256) -> torch.Tensor:
-    return torch.from_numpy(
-        oracle_double.double_dequantize(codes.numpy(), nested_absmax.numpy(), float(offset), block_size)
-    )
+    return torch.from_numpy(oracle_double.double_dequantize(codes.numpy(), nested_absmax.numpy(), float(offset), block_size))
 
 
 def hard_values(n: int, block_size: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:

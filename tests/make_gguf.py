@@ -1,4 +1,5 @@
 """GGUF files for tests, written field by field from the format's description."""
+
 from __future__ import annotations
 
 import struct
@@ -6,8 +7,19 @@ from typing import Any
 
 import numpy as np
 
-TYPES = {"u8": (0, "B"), "i8": (1, "b"), "u16": (2, "H"), "i16": (3, "h"), "u32": (4, "I"), "i32": (5, "i"),
-         "f32": (6, "f"), "bool": (7, "?"), "u64": (10, "Q"), "i64": (11, "q"), "f64": (12, "d")}
+TYPES = {
+    "u8": (0, "B"),
+    "i8": (1, "b"),
+    "u16": (2, "H"),
+    "i16": (3, "h"),
+    "u32": (4, "I"),
+    "i32": (5, "i"),
+    "f32": (6, "f"),
+    "bool": (7, "?"),
+    "u64": (10, "Q"),
+    "i64": (11, "q"),
+    "f64": (12, "d"),
+}
 GGML = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 8, "BF16": 30}
 BLOCK = {"F32": (1, 4), "F16": (1, 2), "BF16": (1, 2), "Q4_0": (32, 18), "Q4_1": (32, 20), "Q8_0": (32, 34)}
 
@@ -68,32 +80,56 @@ def byte_level_alphabet() -> list[str]:
     return [characters[b] for b in range(256)]
 
 
-CHAT_TEMPLATE = ("{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + "
-                 "'<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}"
-                 "{{ '<|im_start|>assistant\n' }}{% endif %}")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + "
+    "'<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 
 
 def tiny_llama(rng: np.random.Generator, kind: str = "Q4_1", tied: bool = True) -> tuple[list[Entry], list[Tensor]]:
     """Entries and tensors of a llama: 2 layers, hidden 32, 4 heads of 8, 2 key/value heads, inner 64, 262 tokens."""
     tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *byte_level_alphabet(), "he", "ll", "hell"]
     entries: list[Entry] = [
-        ("general.architecture", "str", "llama"), ("llama.block_count", "u32", 2), ("llama.context_length", "u32", 128),
-        ("llama.embedding_length", "u32", 32), ("llama.feed_forward_length", "u32", 64),
-        ("llama.attention.head_count", "u32", 4), ("llama.attention.head_count_kv", "u32", 2),
-        ("llama.rope.freq_base", "f32", 1e5), ("llama.attention.layer_norm_rms_epsilon", "f32", 1e-5),
-        ("llama.rope.dimension_count", "u32", 8), ("llama.vocab_size", "u32", len(tokens)),
-        ("tokenizer.ggml.model", "str", "gpt2"), ("tokenizer.ggml.pre", "str", "smollm"),
+        ("general.architecture", "str", "llama"),
+        ("llama.block_count", "u32", 2),
+        ("llama.context_length", "u32", 128),
+        ("llama.embedding_length", "u32", 32),
+        ("llama.feed_forward_length", "u32", 64),
+        ("llama.attention.head_count", "u32", 4),
+        ("llama.attention.head_count_kv", "u32", 2),
+        ("llama.rope.freq_base", "f32", 1e5),
+        ("llama.attention.layer_norm_rms_epsilon", "f32", 1e-5),
+        ("llama.rope.dimension_count", "u32", 8),
+        ("llama.vocab_size", "u32", len(tokens)),
+        ("tokenizer.ggml.model", "str", "gpt2"),
+        ("tokenizer.ggml.pre", "str", "smollm"),
         ("tokenizer.ggml.tokens", "[str]", tokens),
         ("tokenizer.ggml.token_type", "[i32]", [3] * 3 + [1] * (len(tokens) - 3)),
         ("tokenizer.ggml.merges", "[str]", ["h e", "l l", "he ll"]),
-        ("tokenizer.ggml.bos_token_id", "u32", 1), ("tokenizer.ggml.eos_token_id", "u32", 2),
-        ("tokenizer.ggml.unknown_token_id", "u32", 0), ("tokenizer.ggml.padding_token_id", "u32", 2),
-        ("tokenizer.ggml.add_bos_token", "bool", False), ("tokenizer.chat_template", "str", CHAT_TEMPLATE)]
+        ("tokenizer.ggml.bos_token_id", "u32", 1),
+        ("tokenizer.ggml.eos_token_id", "u32", 2),
+        ("tokenizer.ggml.unknown_token_id", "u32", 0),
+        ("tokenizer.ggml.padding_token_id", "u32", 2),
+        ("tokenizer.ggml.add_bos_token", "bool", False),
+        ("tokenizer.chat_template", "str", CHAT_TEMPLATE),
+    ]
     shapes: dict[str, tuple[int, ...]] = {"token_embd": (len(tokens), 32), "output_norm": (32,)}
     for i in range(2):
-        shapes |= {f"blk.{i}.{name}": shape for name, shape in {
-            "attn_norm": (32,), "attn_q": (32, 32), "attn_k": (16, 32), "attn_v": (16, 32), "attn_output": (32, 32),
-            "ffn_norm": (32,), "ffn_gate": (64, 32), "ffn_up": (64, 32), "ffn_down": (32, 64)}.items()}
+        shapes |= {
+            f"blk.{i}.{name}": shape
+            for name, shape in {
+                "attn_norm": (32,),
+                "attn_q": (32, 32),
+                "attn_k": (16, 32),
+                "attn_v": (16, 32),
+                "attn_output": (32, 32),
+                "ffn_norm": (32,),
+                "ffn_gate": (64, 32),
+                "ffn_up": (64, 32),
+                "ffn_down": (32, 64),
+            }.items()
+        }
     if not tied:
         shapes["output"] = (len(tokens), 32)
     tensors = []

@@ -1,4 +1,5 @@
 """posttrain/atomic.py: the old file or the new one, whatever happens in between."""
+
 from __future__ import annotations
 
 import os

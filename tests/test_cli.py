@@ -104,9 +104,7 @@ def model_with(tmp_path: Path, **changes: object) -> Path:
 
 
 def test_unknown_model_name(capsys) -> None:
-    assert_one_error(
-        run(capsys, "generate", "--model", "gpt-5", "--prompt", "a"), "no model folder at 'gpt-5'", "smollm2-135m"
-    )
+    assert_one_error(run(capsys, "generate", "--model", "gpt-5", "--prompt", "a"), "no model folder at 'gpt-5'", "smollm2-135m")
 
 
 def test_folder_that_is_no_model(capsys, tmp_path) -> None:
@@ -281,9 +279,7 @@ def test_sft_merge_quantize_evaluate_together(capsys, tmp_path) -> None:
     assert code == 0 and bits and 4.0 < float(bits[1]) < 4.5
 
     items = tmp_path / "items.jsonl"
-    questions = [
-        {"prompt": row["prompt"], "choices": [" positive", " negative"], "answer": " negative"} for row in rows
-    ]
+    questions = [{"prompt": row["prompt"], "choices": [" positive", " negative"], "answer": " negative"} for row in rows]
     items.write_text("".join(json.dumps(question) + "\n" for question in questions))
     saved = tmp_path / "merged.jsonl"
     code, out, _ = run(capsys, "evaluate", "--model", merged, "--data", items, "--save", saved)

@@ -1,4 +1,5 @@
 """The tables: their published values, their derivation, and the polynomial that predicts a code."""
+
 from __future__ import annotations
 
 import hashlib

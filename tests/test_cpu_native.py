@@ -1,4 +1,5 @@
 """The native CPU engine against the PyTorch engine, bitsandbytes and float64, at every instruction set of the machine."""
+
 from __future__ import annotations
 
 import os

@@ -68,9 +68,7 @@ def write(tmp_path, *rows):
 
 
 def test_load_reads_every_row_but_blank_lines(tmp_path):
-    file = write(
-        tmp_path, b"\xef\xbb\xbf" + b'{"text": "one"}', b"", b"  ", {"prompt": "a\u2028b", "completion": "\U0001f600"}
-    )
+    file = write(tmp_path, b"\xef\xbb\xbf" + b'{"text": "one"}', b"", b"  ", {"prompt": "a\u2028b", "completion": "\U0001f600"})
     first, second = load_dataset(file, TOKENIZER)
     assert whole(first) == "one<|im_end|>" and whole(second) == "a\u2028b\U0001f600<|im_end|>"
 

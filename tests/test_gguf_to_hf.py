@@ -1,4 +1,5 @@
 """posttrain.model.gguf_to_hf: the directory holds the GGUF's values, exactly, where transformers looks for them."""
+
 import json
 
 import numpy as np
@@ -49,10 +50,23 @@ def test_every_value_is_the_ggufs(tmp_path, kind):
 def test_config_and_tokenizer_files(tmp_path):
     folder = convert(write_tiny(tmp_path), tmp_path / "hf")
     config = json.loads((folder / "config.json").read_text())
-    expected = {"architectures": ["LlamaForCausalLM"], "hidden_size": 32, "num_attention_heads": 4,
-                "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 64, "num_hidden_layers": 2,
-                "vocab_size": 262, "rope_theta": 100000.0, "rms_norm_eps": 1e-05, "tie_word_embeddings": True,
-                "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2, "dtype": "float32"}
+    expected = {
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "vocab_size": 262,
+        "rope_theta": 100000.0,
+        "rms_norm_eps": 1e-05,
+        "tie_word_embeddings": True,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 2,
+        "dtype": "float32",
+    }
     assert expected.items() <= config.items()
     assert "lm_head.weight" not in read_all(folder)
     tokens = json.loads((folder / "tokenizer_config.json").read_text())
@@ -79,7 +93,7 @@ def test_shards_hold_the_same_tensors(tmp_path):
 
 def test_bfloat16_rounds_as_torch_does(tmp_path):
     special = [0.0, -0.0, 1.00390625, 1.01171875, 3.4e38, float("inf"), -float("inf"), 1e-45, float("nan")]
-    any_bits = torch.randint(-2**31, 2**31 - 1, (4096,)).int().view(torch.float32)
+    any_bits = torch.randint(-(2**31), 2**31 - 1, (4096,)).int().view(torch.float32)
     x = torch.cat([torch.tensor(special), torch.randn(4096), any_bits])
     ours = torch.from_numpy(to_bfloat16(x.numpy()).astype(np.int16)).view(torch.bfloat16)
     assert torch.equal(ours.isnan(), x.isnan())

@@ -34,9 +34,7 @@ def plain(q, k, v, mask):
 
 
 @settings(max_examples=12)
-@given(
-    st.integers(1, 3), st.sampled_from([(1, 1), (4, 2), (3, 1)]), st.integers(1, 5), st.integers(1, 3), st.booleans()
-)
+@given(st.integers(1, 3), st.sampled_from([(1, 1), (4, 2), (3, 1)]), st.integers(1, 5), st.integers(1, 3), st.booleans())
 def test_gradcheck(B, heads, T, D, packed):
     inputs = [t.requires_grad_() for t in operands(B, *heads, T, D)]
     mask = segments(B, T, torch.float64) if packed else None

@@ -78,9 +78,7 @@ def test_we_load_what_transformers_and_bitsandbytes_save(quant_type, double_quan
     for name, module in ours.named_modules():
         if isinstance(module, QuantizedLinear):
             theirs = peer.get_submodule(name).weight
-            assert torch.equal(
-                module.weight.dequantize(), bnb.functional.dequantize_4bit(theirs.data, theirs.quant_state)
-            )
+            assert torch.equal(module.weight.dequantize(), bnb.functional.dequantize_4bit(theirs.data, theirs.quant_state))
             count += 1
     assert count == 21
     assert ours.fingerprint.startswith("4bit:") and load(tmp_path / "theirs").fingerprint == ours.fingerprint
@@ -110,11 +108,7 @@ def test_we_load_what_transformers_and_bitsandbytes_save(quant_type, double_quan
         ),
         (
             lambda t: t.update(
-                {
-                    "model.layers.0.self_attn.q_proj.weight.quant_state.bitsandbytes__nf4": torch.zeros(
-                        9, dtype=torch.uint8
-                    )
-                }
+                {"model.layers.0.self_attn.q_proj.weight.quant_state.bitsandbytes__nf4": torch.zeros(9, dtype=torch.uint8)}
             ),
             r"q_proj.*malformed",
         ),

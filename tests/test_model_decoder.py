@@ -209,8 +209,7 @@ def test_gradients_are_as_accurate_as_transformers(name):
     theirs, exact = dict(peer.named_parameters()), dict(wide.named_parameters())
     names = list(dict(model.named_parameters()))
     gradients = [
-        torch.cat([named[key].grad.flatten() for key in names])
-        for named in (dict(model.named_parameters()), theirs, exact)
+        torch.cat([named[key].grad.flatten() for key in names]) for named in (dict(model.named_parameters()), theirs, exact)
     ]
     assert_as_accurate(*gradients)
 

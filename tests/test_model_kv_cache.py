@@ -16,9 +16,7 @@ CONFIG = ModelConfig.from_hf(hf_config("smollm2"))  # 3 layers, 2 key-value head
 def write(cache: KVCache, start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Append `count` positions whose every value is their number; what the last layer then sees."""
     cache.reserve(count)
-    values = torch.arange(start, start + count, dtype=torch.float32)[None, None, :, None].expand(
-        cache.batch_size, 2, count, 16
-    )
+    values = torch.arange(start, start + count, dtype=torch.float32)[None, None, :, None].expand(cache.batch_size, 2, count, 16)
     for layer in range(3):
         seen = cache.write(layer, values, -values)
     cache.advance(count)

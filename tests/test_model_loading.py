@@ -175,16 +175,12 @@ def test_harmless_leftovers_are_ignored(tmp_path):
     save(model, tmp_path)
     rewrite(
         tmp_path,
-        lambda t: t.update(
-            {"lm_head.weight": torch.ones(97, 64), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
-        ),
+        lambda t: t.update({"lm_head.weight": torch.ones(97, 64), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}),
     )
     assert_same_tensors(model, load(tmp_path, dtype="fp32"))
 
 
-@pytest.mark.parametrize(
-    "file", ["../other.safetensors", "/etc/passwd", "..", "", "sub/model.safetensors", "..\\x", "C:x"]
-)
+@pytest.mark.parametrize("file", ["../other.safetensors", "/etc/passwd", "..", "", "sub/model.safetensors", "..\\x", "C:x"])
 def test_an_index_cannot_point_outside_its_folder(file, tmp_path):
     save(random_model("smollm2"), tmp_path / "other")
     save(random_model("smollm2"), tmp_path / "model", max_shard_bytes=60_000)
@@ -226,9 +222,7 @@ def test_damaged_directories_say_what_is_wrong(tmp_path):
     for file in tmp_path.glob("model*"):
         file.unlink()
     (tmp_path / "pytorch_model.bin").write_bytes(b"never opened")
-    with pytest.raises(
-        PosttrainError, match=r"neither model\.safetensors nor .*pytorch_model\.bin, which cannot be loaded"
-    ):
+    with pytest.raises(PosttrainError, match=r"neither model\.safetensors nor .*pytorch_model\.bin, which cannot be loaded"):
         load(tmp_path)
 
 

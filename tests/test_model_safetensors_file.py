@@ -57,11 +57,7 @@ def test_non_contiguous_tensors_are_written_by_value(tmp_path):
     x = torch.randn(6, 8)
     write_safetensors(tmp_path / "x", [("t", x.T), ("s", x[::2, 1:5]), ("e", x[:1].expand(3, 8))])
     back = load_file(tmp_path / "x")
-    assert (
-        torch.equal(back["t"], x.T)
-        and torch.equal(back["s"], x[::2, 1:5])
-        and torch.equal(back["e"], x[:1].expand(3, 8))
-    )
+    assert torch.equal(back["t"], x.T) and torch.equal(back["s"], x[::2, 1:5]) and torch.equal(back["e"], x[:1].expand(3, 8))
 
 
 def test_what_was_read_outlives_the_file(tmp_path):

@@ -2,6 +2,7 @@
 
 The Triton kernels are in tests/test_nf4_triton.py.
 """
+
 from __future__ import annotations
 
 import pytest

@@ -1,4 +1,5 @@
 """The Triton kernels of 4-bit quantization, interpreted, emulated and on a GPU: against the oracle, bit for bit."""
+
 from __future__ import annotations
 
 import four_bit
@@ -24,7 +25,6 @@ from posttrain.kernels import dequantize_fp4, dequantize_nf4, nf4, quantize_fp4,
 QUANTIZE = {"nf4": quantize_nf4, "fp4": quantize_fp4}
 DEQUANTIZE = {"nf4": dequantize_nf4, "fp4": dequantize_fp4}
 TAILS = (0, 1, 2, 31, 32, 33, 63, 64, 65, 127, 640)
-
 
 
 def _triton_round_trip(x: torch.Tensor, block_size: int, quant_type: str, out_dtypes) -> None:

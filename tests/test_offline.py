@@ -1,4 +1,5 @@
 """posttrain.offline: what is committed is what the scripts make, is small, and knows the text it was trained on."""
+
 import itertools
 import lzma
 import math
@@ -72,8 +73,9 @@ def test_it_knows_its_text_better_than_a_compressor(tokenizer):
     before = "".join(itertools.islice(seen, 6000)).encode()
     documents = list(itertools.islice(unseen, 40))
     options = [{"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": 1 << 24}]
-    sizes = [len(lzma.compress(content, lzma.FORMAT_RAW, filters=options))
-             for content in (before, before + "".join(documents).encode())]
+    sizes = [
+        len(lzma.compress(content, lzma.FORMAT_RAW, filters=options)) for content in (before, before + "".join(documents).encode())
+    ]
     model, bits = load(offline.path(), dtype="fp32"), 0.0
     with torch.no_grad():
         for document in documents:
@@ -90,7 +92,7 @@ def test_training_repeats_itself(tmp_path, tokenizer, monkeypatch):
     first = train.train(tokenizer).state_dict()
     stream = torch.cat([batch.flatten() for batch in train.batches(tokenizer)])
     documents = "".join(itertools.islice(text.documents(), 20))
-    assert stream.tolist() == tokenizer.encode(documents)[:stream.numel()]
+    assert stream.tolist() == tokenizer.encode(documents)[: stream.numel()]
     monkeypatch.setattr("sys.argv", ["train", "--out", str(tmp_path)])
     train.main()
     assert (tmp_path / "task" / "test.jsonl").is_file() and Tokenizer.load(tmp_path / "model").vocab_size == 259
@@ -102,7 +104,8 @@ def test_chat_masks_what_the_assistant_says(tokenizer):
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ja"}]
     ids, mask = tokenizer.chat_with_mask(messages)
     assert tokenizer.decode(ids, skip_special_tokens=False) == (
-        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nJa<|im_end|>\n")
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nJa<|im_end|>\n"
+    )
     said = [i for i, chosen in zip(ids, mask, strict=True) if chosen]
     assert tokenizer.decode(said, skip_special_tokens=False) == "Ja<|im_end|>"
 

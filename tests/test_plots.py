@@ -20,9 +20,7 @@ def lines(path):
 
 
 def test_points_are_where_they_belong(tmp_path):
-    line_chart(
-        tmp_path / "a.svg", {"x < y & z": [(0, 1), (5, 2), (10, 1)], "b": [(0, math.nan), (10, 2)]}, "T", "x", "y"
-    )
+    line_chart(tmp_path / "a.svg", {"x < y & z": [(0, 1), (5, 2), (10, 1)], "b": [(0, math.nan), (10, 2)]}, "T", "x", "y")
     first, second = lines(tmp_path / "a.svg")
     (x0, y0), (x1, y1), (x2, y2) = first
     assert x0 == LEFT and x2 == WIDTH - RIGHT and x1 == (x0 + x2) / 2

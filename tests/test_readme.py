@@ -1,4 +1,5 @@
 """README.md is true: its Python runs, its files and make targets exist, its commands are commands."""
+
 from __future__ import annotations
 
 import re

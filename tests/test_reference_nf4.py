@@ -1,4 +1,5 @@
 """The oracles themselves: numbers worked by hand, and the claim that float64 followed by float32 rounds once."""
+
 from __future__ import annotations
 
 import math

@@ -1,4 +1,5 @@
 """posttrain.reviews: splits that depend on the texts alone, no near-duplicate across them (checked by brute force)."""
+
 import json
 import random
 
@@ -63,7 +64,8 @@ def test_splits_depend_on_the_texts_alone():
     reviews = synthetic(300)
     shuffled = random.Random(1).sample(reviews, len(reviews))
     assert [{r.text for r in split} for split in split_reviews(reviews)] == [
-        {r.text for r in split} for split in split_reviews(shuffled)]
+        {r.text for r in split} for split in split_reviews(shuffled)
+    ]
     unlike = Review("utterly unlike any other", "positive", 2.0)
     once, longer = split_reviews(reviews[:1]), split_reviews([*reviews[:1], unlike])
     assert all(set(a) <= set(b) for a, b in zip(once, longer, strict=True))
@@ -94,8 +96,9 @@ def test_reads_lines_and_drops_the_undecided(tmp_path):
         assert found == {Review("A gem – really.", "positive", 2.5), Review("Dreadful stuff", "negative", -3.5)}
 
 
-@pytest.mark.parametrize("line", [b"1\t2.0", b"1\tgood\ttext", b"1\tnan\ttext", b"1\t9\ttext", b"1\t2\t ",
-                                  b"1\t2\t\xff\xfe", b"1\t2\ta\tb", b""])
+@pytest.mark.parametrize(
+    "line", [b"1\t2.0", b"1\tgood\ttext", b"1\tnan\ttext", b"1\t9\ttext", b"1\t2\t ", b"1\t2\t\xff\xfe", b"1\t2\ta\tb", b""]
+)
 def test_a_bad_line_is_named(tmp_path, line):
     with pytest.raises(ValueError, match="line 2"):
         load_reviews(write(tmp_path, b"1\t2.5\tfine\r\n" + line + b"\r\n"))
@@ -113,8 +116,7 @@ def test_prompts_and_rows(tmp_path):
     shots = few_shot(train, 2)
     assert shots == [train[0], train[2]]
     text = prompt("So-so?", shots)
-    assert text == ("Review: Dull.\nSentiment: negative\n\nReview: Fine.\nSentiment: positive\n\n"
-                    "Review: So-so?\nSentiment:")
+    assert text == ("Review: Dull.\nSentiment: negative\n\nReview: Fine.\nSentiment: positive\n\nReview: So-so?\nSentiment:")
     assert prompt("So-so?") == "Review: So-so?\nSentiment:"
     with pytest.raises(ValueError, match="4 shots asked for, 3 available"):
         few_shot(train, 4)
@@ -129,9 +131,11 @@ def test_prompts_and_rows(tmp_path):
 def test_the_real_splits():
     """Every pair of real items in two different splits compared, without the index that made them."""
     splits = load_reviews(fetch("reviews", progress=False))
-    assert splits.counts() == {"train": {"negative": 2991, "positive": 2996},
-                               "validation": {"negative": 430, "positive": 436},
-                               "test": {"negative": 1062, "positive": 1106}}
+    assert splits.counts() == {
+        "train": {"negative": 2991, "positive": 2996},
+        "validation": {"negative": 430, "positive": 436},
+        "test": {"negative": 1062, "positive": 1106},
+    }
     assert all(abs(review.score) > MIN_SCORE for split in splits for review in split)
     texts = [review.text for split in splits for review in split]
     assert len(set(texts)) == len(texts)

@@ -60,9 +60,7 @@ def test_the_head_sees_labelled_positions_alone(monkeypatch):
     some = examples(3)
     batch, rows = collate([[e] for e in some]), []
     real = token_logprobs.linear_logprobs
-    monkeypatch.setattr(
-        token_logprobs, "linear_logprobs", lambda hidden, *rest: rows.append(len(hidden)) or real(hidden, *rest)
-    )
+    monkeypatch.setattr(token_logprobs, "linear_logprobs", lambda hidden, *rest: rows.append(len(hidden)) or real(hidden, *rest))
     loss_sum(random_model(), batch)
     assert rows == [batch.normalizer] == [sum(e.num_labels for e in some)]
 
@@ -123,9 +121,7 @@ def test_stopped_after_any_step_and_resumed_ends_in_the_same_bits(tmp_path, undi
     assert final(tmp_path) == undisturbed
     before = {p: p.stat().st_mtime_ns for p in tmp_path.glob("checkpoint-*/*")}
     small_run(tmp_path, resume=True)  # nothing is left to do
-    assert final(tmp_path) == undisturbed and before == {
-        p: p.stat().st_mtime_ns for p in tmp_path.glob("checkpoint-*/*")
-    }
+    assert final(tmp_path) == undisturbed and before == {p: p.stat().st_mtime_ns for p in tmp_path.glob("checkpoint-*/*")}
 
 
 def test_a_line_cut_short_in_the_metrics_is_written_again(tmp_path, undisturbed):

@@ -1,4 +1,5 @@
 """posttrain.model.tokenizer and chat_template: ids, texts and masks are transformers', templates stay boxed in."""
+
 import json
 import re
 
@@ -13,15 +14,34 @@ from posttrain.model import chat_template
 from posttrain.model.gguf_to_hf import convert
 from posttrain.model.tokenizer import Tokenizer
 
-TALK = [{"role": "user", "content": "hell 12 <b>é</b>"}, {"role": "assistant", "content": "Hello\n\n1."},
-        {"role": "user", "content": "ö?"}, {"role": "assistant", "content": " 🙂 "}]
-MARKED = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
-          "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
-          "{% else %}{{ m.content }}<|im_end|>{% endif %}{{ '\n' }}{% endfor %}")
+TALK = [
+    {"role": "user", "content": "hell 12 <b>é</b>"},
+    {"role": "assistant", "content": "Hello\n\n1."},
+    {"role": "user", "content": "ö?"},
+    {"role": "assistant", "content": " 🙂 "},
+]
+MARKED = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
+    "{% else %}{{ m.content }}<|im_end|>{% endif %}{{ '\n' }}{% endfor %}"
+)
 TEXTS = [
-    "", " ", "hello hell", "\n\n1", "a1b22c333", "  two  spaces", "tab\tnew\r\nline", "ﬁne ÅÅ é",
-    "日本語 текст", "עברית", "🙂👩‍👩‍👧", "<|im_end|>",
-    "a<|im_start|>b <|endoftext|>", "'s 't I'll", "1234567890", "\x00\x7f",
+    "",
+    " ",
+    "hello hell",
+    "\n\n1",
+    "a1b22c333",
+    "  two  spaces",
+    "tab\tnew\r\nline",
+    "ﬁne ÅÅ é",
+    "日本語 текст",
+    "עברית",
+    "🙂👩‍👩‍👧",
+    "<|im_end|>",
+    "a<|im_start|>b <|endoftext|>",
+    "'s 't I'll",
+    "1234567890",
+    "\x00\x7f",
 ]
 
 
@@ -85,16 +105,19 @@ def test_a_template_that_rewrites_earlier_turns_has_no_mask(folder):
         tokenizer.chat_with_mask(TALK)
 
 
-@pytest.mark.parametrize("template, why", [
-    ("{{ raise_exception('no system role') }}", "no system role"),
-    ("{{ messages[0].content.missing.more }}", "missing"),
-    ("{{ messages[0].__class__.__mro__ }}", "unsafe"),
-    ("{{ ''['__class__'].mro() }}", "unsafe"),
-    ("{{ messages.append(1) }}", "not safely callable|unsafe"),
-    ("{{ cycler.__init__.__globals__ }}", "unsafe"),
-    ("{% for %}", "Expected an expression"),
-    ("{% generation %}never closed", "endgeneration"),
-])
+@pytest.mark.parametrize(
+    "template, why",
+    [
+        ("{{ raise_exception('no system role') }}", "no system role"),
+        ("{{ messages[0].content.missing.more }}", "missing"),
+        ("{{ messages[0].__class__.__mro__ }}", "unsafe"),
+        ("{{ ''['__class__'].mro() }}", "unsafe"),
+        ("{{ messages.append(1) }}", "not safely callable|unsafe"),
+        ("{{ cycler.__init__.__globals__ }}", "unsafe"),
+        ("{% for %}", "Expected an expression"),
+        ("{% generation %}never closed", "endgeneration"),
+    ],
+)
 def test_what_a_template_may_not_do(folder, template, why):
     tokenizer = Tokenizer.load(folder)
     tokenizer.chat_template = template

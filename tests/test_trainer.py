@@ -70,9 +70,7 @@ def test_accumulation_equals_one_big_batch(tmp_path):
         changes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
         runs[name], entry = one_step(tmp_path / name, torch.float32, **changes)
         assert entry["tokens"] == sum(len(e.input_ids) for e in examples(12))
-    exact, _ = one_step(
-        tmp_path / "exact", torch.float64, per_device_train_batch_size=12, gradient_accumulation_steps=1
-    )
+    exact, _ = one_step(tmp_path / "exact", torch.float64, per_device_train_batch_size=12, gradient_accumulation_steps=1)
     for gradient in runs.values():
         assert_as_accurate(gradient, runs["whole"], exact)
 
@@ -85,9 +83,7 @@ def test_loss_and_tokens_are_those_of_the_data(tmp_path):
     losses = []
     for example in examples(12):
         ids, labels = torch.tensor([example.input_ids]), torch.tensor(example.labels)
-        losses.append(
-            torch.nn.functional.cross_entropy(model(ids)[0, :-1], labels[1:], reduction="none")[labels[1:] != -100]
-        )
+        losses.append(torch.nn.functional.cross_entropy(model(ids)[0, :-1], labels[1:], reduction="none")[labels[1:] != -100])
     plain = torch.cat(losses).mean()
     assert abs(entry["loss"] - plain.item()) <= 100 * torch.finfo(torch.float64).eps * plain.item()  # about 100 terms
 
@@ -155,9 +151,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(tmp_path, bro
     what = "the loss is nan in micro-batch 2 of 2" if broken == "loss" else "the gradient's norm is (nan|inf)"
     items = step_items(config, 3, 16)
     named = items[1] if broken == "loss" else items[0] + items[1]
-    with pytest.raises(
-        PosttrainError, match=rf"step 4: {what} .items {', '.join(map(str, named))} of the data"
-    ) as error:
+    with pytest.raises(PosttrainError, match=rf"step 4: {what} .items {', '.join(map(str, named))} of the data") as error:
         train(model, rows, collate, loss, config, quiet=True)
     assert "the last good checkpoint is" in str(error.value) and str(tmp_path / "checkpoint-2") in str(error.value)
     assert all(torch.equal(p, before[name]) for name, p in adapter_parameters(model).items())

@@ -1,4 +1,5 @@
 """The tolerance rule for sums and products (docs/tolerances.md): no literal tolerance appears in a test."""
+
 from __future__ import annotations
 
 import torch

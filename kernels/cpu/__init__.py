@@ -1,4 +1,5 @@
 """The CPU engine: native C where it was built, else PyTorch. Which one runs is fixed at import; `describe()` tells."""
+
 from __future__ import annotations
 
 from importlib.util import find_spec

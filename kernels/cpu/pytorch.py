@@ -2,6 +2,7 @@
 
 The rules of rounding, ties and special values are stated in `kernels/nf4.py` and `kernels/double_quant.py`.
 """
+
 from __future__ import annotations
 
 import math
@@ -105,9 +106,7 @@ def _tile(weight: tuple, start: int, stop: int, K: int, dtype: torch.dtype) -> T
     return flat[skip : skip + (stop - start) * K].view(stop - start, K)
 
 
-def linear_4bit(
-    x, packed, absmax, nested_absmax, nested_offset, nested_block_size, bias, N, K, block_size, quant_type
-) -> Tensor:
+def linear_4bit(x, packed, absmax, nested_absmax, nested_offset, nested_block_size, bias, N, K, block_size, quant_type) -> Tensor:
     """x (M, K) times the weight (N, K) transposed, plus bias (N,) or None, in x's dtype: (M, N)."""
     if nested_absmax is not None:
         absmax = double_dequantize(absmax, nested_absmax, nested_offset, nested_block_size)
@@ -118,9 +117,7 @@ def linear_4bit(
     return y
 
 
-def linear_4bit_dx(
-    dy, packed, absmax, nested_absmax, nested_offset, nested_block_size, N, K, block_size, quant_type
-) -> Tensor:
+def linear_4bit_dx(dy, packed, absmax, nested_absmax, nested_offset, nested_block_size, N, K, block_size, quant_type) -> Tensor:
     """dy (M, N) times the weight (N, K), in dy's dtype: (M, K); summed over tiles in fp32."""
     if nested_absmax is not None:
         absmax = double_dequantize(absmax, nested_absmax, nested_offset, nested_block_size)

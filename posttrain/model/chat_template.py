@@ -3,6 +3,7 @@
 A template comes with a model and is code from outside: it renders in jinja2's ImmutableSandboxedEnvironment, which lets
 it reach neither attributes that begin with an underscore nor anything that changes its arguments.
 """
+
 from __future__ import annotations
 
 import datetime
@@ -34,8 +35,10 @@ def render_with_spans(template: str, messages: Sequence[Message], **variables: A
     try:
         marked = _compile(template).render(messages=messages, generation_mark=mark, **variables)
     except (jinja2.TemplateError, TypeError, ArithmeticError, LookupError, AttributeError, RecursionError) as error:
-        raise ValueError(f"the chat template cannot render these {len(messages)} messages "
-                         f"(roles {[_role(message) for message in messages][:8]}): {error}") from error
+        raise ValueError(
+            f"the chat template cannot render these {len(messages)} messages "
+            f"(roles {[_role(message) for message in messages][:8]}): {error}"
+        ) from error
     pieces = marked.split(mark)
     spans, position = [], 0
     for i, piece in enumerate(pieces):
@@ -74,16 +77,20 @@ def _raise_exception(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
 
 
-def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None,
-            separators: tuple[str, str] | None = None, sort_keys: bool = False) -> str:
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
     # Not Jinja's own filter: that one escapes <, > and & for HTML, and a model should see the characters.
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 @lru_cache(maxsize=1)
 def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                                extensions=[_Generation, loopcontrols])
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda format: datetime.datetime.now().strftime(format)

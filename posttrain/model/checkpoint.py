@@ -28,8 +28,7 @@ class Checkpoint:
         self.path = Path(path)
         if not self.path.is_dir():
             raise PosttrainError(
-                f"{self.path} is not a folder; expected a Hugging Face model directory "
-                "(config.json, tokenizer.json, *.safetensors)"
+                f"{self.path} is not a folder; expected a Hugging Face model directory (config.json, tokenizer.json, *.safetensors)"
             )
         self.config = read_json(self.path / "config.json")
         self._readers: dict[str, SafetensorsReader] = {}
@@ -59,9 +58,7 @@ class Checkpoint:
         index = self.path / INDEX
         if not index.exists():
             if not (self.path / SINGLE).exists():
-                others = ", ".join(
-                    sorted(p.name for p in self.path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf"))
-                )
+                others = ", ".join(sorted(p.name for p in self.path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf")))
                 raise PosttrainError(
                     f"{self.path} holds neither {SINGLE} nor {INDEX}"
                     + (f" (but {others}, which cannot be loaded: convert it to safetensors first)" if others else "")
@@ -70,25 +67,17 @@ class Checkpoint:
             return dict.fromkeys(reader.entries, reader)
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-            raise PosttrainError(
-                f"{index} has no weight_map from tensor names to file names; download or save the model again"
-            )
+            raise PosttrainError(f"{index} has no weight_map from tensor names to file names; download or save the model again")
         where = {}
         for name, file in weight_map.items():
             # A plain name, so that an index cannot make us read elsewhere; Windows' separators count everywhere.
             if not file or file in (".", "..") or any(character in file for character in "/\\:\0"):
-                raise PosttrainError(
-                    f"{index} places tensor {name} in {file!r}, which is not a file name in {self.path}"
-                )
+                raise PosttrainError(f"{index} places tensor {name} in {file!r}, which is not a file name in {self.path}")
             if not (self.path / file).is_file():
-                raise PosttrainError(
-                    f"{index} places tensor {name} in {file}, which is not there; download the missing shard"
-                )
+                raise PosttrainError(f"{index} places tensor {name} in {file}, which is not there; download the missing shard")
             where[name] = self._open(file)
             if name not in where[name].entries:
-                raise PosttrainError(
-                    f"{index} places tensor {name} in {file}, which does not hold it; download both again"
-                )
+                raise PosttrainError(f"{index} places tensor {name} in {file}, which does not hold it; download both again")
         return where
 
     @property

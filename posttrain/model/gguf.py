@@ -14,6 +14,7 @@ weight j + 16 in its high nibble:
 The file is memory-mapped and never trusted: every count, length, type and offset is checked before it is used, and
 what is wrong is a ValueError that names the file and the field.
 """
+
 from __future__ import annotations
 
 import math
@@ -31,12 +32,17 @@ _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _MAX_DIMS = 4
 _STRING, _ARRAY, _BOOL = 8, 9, 7
-_SCALARS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "<u1", 10: "<u8", 11: "<i8",
-            12: "<f8"}
+_SCALARS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "<u1", 10: "<u8", 11: "<i8", 12: "<f8"}
 
 # ggml type id -> (name, weights in a block, bytes in a block)
-TENSOR_TYPES = {0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 8: ("Q8_0", 32, 34),
-                30: ("BF16", 1, 2)}
+TENSOR_TYPES = {
+    0: ("F32", 1, 4),
+    1: ("F16", 1, 2),
+    2: ("Q4_0", 32, 18),
+    3: ("Q4_1", 32, 20),
+    8: ("Q8_0", 32, 34),
+    30: ("BF16", 1, 2),
+}
 
 
 @dataclass(frozen=True)
@@ -122,14 +128,15 @@ class GGUF:
                 cursor.fail(f"tensor {name!r} has ggml type {kind}; this reader knows {known}")
             type_name, per_block, block_bytes = TENSOR_TYPES[kind]
             if 0 in shape or (shape[-1] if shape else 1) % per_block:
-                cursor.fail(f"tensor {name!r} of type {type_name} has shape {shape}, expected rows of a multiple of "
-                            f"{per_block}")
+                cursor.fail(f"tensor {name!r} of type {type_name} has shape {shape}, expected rows of a multiple of {per_block}")
             if offset % alignment:
                 cursor.fail(f"tensor {name!r} starts at {offset}, not a multiple of the alignment {alignment}")
             nbytes = math.prod(shape) // per_block * block_bytes
             if data_start + offset + nbytes > len(self._map):
-                cursor.fail(f"tensor {name!r} ends at byte {data_start + offset + nbytes} of a file of "
-                            f"{len(self._map)}: the file is truncated; download it again")
+                cursor.fail(
+                    f"tensor {name!r} ends at byte {data_start + offset + nbytes} of a file of "
+                    f"{len(self._map)}: the file is truncated; download it again"
+                )
             self.tensors[name] = GGUFTensor(name, shape, type_name, data_start + offset, nbytes)
         previous_end = 0
         for tensor in sorted(self.tensors.values(), key=lambda tensor: tensor.start):
@@ -175,7 +182,7 @@ def dequantize(raw: np.ndarray, type_name: str) -> np.ndarray:
 
 
 def _float16(blocks: np.ndarray, at: int) -> np.ndarray:
-    return np.ascontiguousarray(blocks[:, at:at + 2]).view("<f2").astype(np.float32)
+    return np.ascontiguousarray(blocks[:, at : at + 2]).view("<f2").astype(np.float32)
 
 
 def _nibbles(packed: np.ndarray) -> np.ndarray:
@@ -194,10 +201,12 @@ class _Cursor:
     def take(self, length: int, what: str) -> bytes:
         left = len(self._buffer) - self.position
         if length > left:
-            self.fail(f"{what} needs {length} bytes at byte {self.position}, {left} are left: the file is corrupt or "
-                      "truncated; download it again")
+            self.fail(
+                f"{what} needs {length} bytes at byte {self.position}, {left} are left: the file is corrupt or "
+                "truncated; download it again"
+            )
         self.position += length
-        return self._buffer[self.position - length:self.position]
+        return self._buffer[self.position - length : self.position]
 
     def scalar(self, dtype: str, what: str) -> Any:
         return np.frombuffer(self.take(np.dtype(dtype).itemsize, what), dtype)[0].item()
@@ -205,8 +214,10 @@ class _Cursor:
     def count(self, what: str, smallest: int) -> int:
         (count,) = struct.unpack("<Q", self.take(8, what))
         if count * smallest > len(self._buffer) - self.position:
-            self.fail(f"{what} is {count}, more than a file of {len(self._buffer)} bytes can hold: it is corrupt or "
-                      "truncated; download it again")
+            self.fail(
+                f"{what} is {count}, more than a file of {len(self._buffer)} bytes can hold: it is corrupt or "
+                "truncated; download it again"
+            )
         return count
 
     def string(self, what: str) -> str:

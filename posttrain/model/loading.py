@@ -109,12 +109,8 @@ def save(model: CausalLM, path: str | os.PathLike, max_shard_bytes: int = 5_000_
         expected = set(CausalLM(model.config).state_dict())
     extra = sorted({group[0][0] for group in groups} ^ expected)
     if extra:
-        raise ValueError(
-            f"the model is not a plain {model.config.architecture}: {_some(extra)}. Merge or save its adapters first"
-        )
-    dtype = next(
-        name for name in ("float32", "bfloat16", "float16") if DTYPES[name] == model.model.embed_tokens.weight.dtype
-    )
+        raise ValueError(f"the model is not a plain {model.config.architecture}: {_some(extra)}. Merge or save its adapters first")
+    dtype = next(name for name in ("float32", "bfloat16", "float16") if DTYPES[name] == model.model.embed_tokens.weight.dtype)
     config = model.config.to_hf() | {"torch_dtype": dtype}
     metadata = {}
     layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]

@@ -69,9 +69,7 @@ class RopeConfig:
         given = {key: value for key, value in asdict(self).items() if value is not None}
         if self.rope_type == "default":
             given.pop("factor")
-        scaling = (
-            {key: value for key, value in given.items() if key != "rope_theta"} if self.rope_type != "default" else None
-        )
+        scaling = {key: value for key, value in given.items() if key != "rope_theta"} if self.rope_type != "default" else None
         return {"rope_theta": self.rope_theta, "rope_scaling": scaling, "rope_parameters": given}
 
 
@@ -119,11 +117,7 @@ def _yarn_frequencies(rope: RopeConfig, frequencies: Tensor, head_dim: int) -> T
 
     def dimension(turns: float) -> float:
         """The pair index that makes this many turns over the old context (inverse of the frequency's formula)."""
-        return (
-            head_dim
-            * math.log(old_context / (turns * 2 * math.pi))
-            / (2 * math.log(rope.rope_theta))
-        )
+        return head_dim * math.log(old_context / (turns * 2 * math.pi)) / (2 * math.log(rope.rope_theta))
 
     low, high = dimension(rope.beta_fast or 32), dimension(rope.beta_slow or 1)
     if rope.truncate is None or rope.truncate:

@@ -3,6 +3,7 @@
 Reads tokenizer.json, tokenizer_config.json, special_tokens_map.json (older models) and chat_template.jinja (newer
 ones). Ids are those of transformers' AutoTokenizer on the same directory.
 """
+
 from __future__ import annotations
 
 import json
@@ -22,8 +23,9 @@ _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 class Tokenizer:
     """bos_id, eos_id, pad_id: int or None. chat_template: Jinja source or None. vocab_size counts added tokens."""
 
-    def __init__(self, backend: tokenizers.Tokenizer, special: dict[str, str] | None = None,
-                 chat_template: str | None = None) -> None:
+    def __init__(
+        self, backend: tokenizers.Tokenizer, special: dict[str, str] | None = None, chat_template: str | None = None
+    ) -> None:
         """`special` maps bos_token, eos_token, pad_token, unk_token to their text."""
         self.backend = backend
         self.special = special or {}
@@ -40,13 +42,14 @@ class Tokenizer:
         folder = Path(path)
         file = folder / "tokenizer.json"
         if not file.is_file():
-            raise FileNotFoundError(f"{file} does not exist; expected a Hugging Face directory with a tokenizer.json "
-                                    "(a tokenizer that has only tokenizer.model must be converted to one first)")
+            raise FileNotFoundError(
+                f"{file} does not exist; expected a Hugging Face directory with a tokenizer.json "
+                "(a tokenizer that has only tokenizer.model must be converted to one first)"
+            )
         try:
             backend = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
         except Exception as error:  # the library raises plain Exception, and for nothing but a bad file
-            raise ValueError(f"{file} is not a tokenizer that `tokenizers` {tokenizers.__version__} can read: "
-                             f"{error}") from error
+            raise ValueError(f"{file} is not a tokenizer that `tokenizers` {tokenizers.__version__} can read: {error}") from error
         config = _read_json(folder / "tokenizer_config.json")
         special = _special_tokens(_read_json(folder / "special_tokens_map.json")) | _special_tokens(config)
         return cls(backend, special, _chat_template(folder, config))
@@ -92,7 +95,8 @@ class Tokenizer:
         templates rewrite earlier turns) a ValueError.
         """
         text, spans = chat_template.render_with_spans(
-            self._template(), messages, **self._variables({"add_generation_prompt": False} | variables))
+            self._template(), messages, **self._variables({"add_generation_prompt": False} | variables)
+        )
         if not chat_template.has_generation_blocks(self._template()):
             spans = self._spans_by_prefix(text, messages, variables)
         encoding = self._encode(text, add_special_tokens=False)
@@ -111,18 +115,22 @@ class Tokenizer:
         for i, message in enumerate(messages):
             if message["role"] == "assistant":
                 before = self.chat_text(messages[:i], True, **variables)
-                after = self.chat_text(messages[:i + 1], False, **variables)
+                after = self.chat_text(messages[: i + 1], False, **variables)
                 if not (after.startswith(before) and text.startswith(after)):
-                    raise ValueError(f"the chat template writes message {i} differently once others follow, so what "
-                                     "the assistant wrote cannot be told; use a template with {% generation %} "
-                                     "blocks, or prompt/completion columns with one completion each")
+                    raise ValueError(
+                        f"the chat template writes message {i} differently once others follow, so what "
+                        "the assistant wrote cannot be told; use a template with {% generation %} "
+                        "blocks, or prompt/completion columns with one completion each"
+                    )
                 spans.append((len(before), len(after)))
         return spans
 
     def _template(self) -> str:
         if self.chat_template is None:
-            raise ValueError("this tokenizer has no chat template (neither chat_template.jinja nor chat_template in "
-                             "tokenizer_config.json); use plain prompt/completion text, or an instruct model")
+            raise ValueError(
+                "this tokenizer has no chat template (neither chat_template.jinja nor chat_template in "
+                "tokenizer_config.json); use plain prompt/completion text, or an instruct model"
+            )
         return self.chat_template
 
     def _variables(self, variables: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 model/          byte-level Llama of 0.8 million parameters in bfloat16, trained by train.py on the text of text.py
 task/*.jsonl    made-up reviews with their sentiment (text.py), in the columns prompt and completion
 """
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -36,5 +37,6 @@ def load_task() -> Splits:
         labels = [row["completion"].strip() for row in rows]
         splits[split] = tuple(
             Review(row["prompt"].removeprefix(_PREFIX).removesuffix(_SUFFIX), label, SCORES[label])
-            for row, label in zip(rows, labels, strict=True))
+            for row, label in zip(rows, labels, strict=True)
+        )
     return Splits(**splits)

@@ -9,6 +9,7 @@ left for fine-tuning to teach.
 It is easier than anything people write, and a few hundred words are all there is. It shows that the steps work, not
 how well they work on real text.
 """
+
 from __future__ import annotations
 
 import random
@@ -33,6 +34,7 @@ class Topic:
     negative: tuple[str, ...]
 
 
+# fmt: off
 TOPICS = {
     "cafe": Topic(
         ("the corner cafe", "the little bakery", "the tea room", "the canteen by the river", "the noodle bar"),
@@ -94,6 +96,7 @@ NEUTRAL = ("There were six of us.", "It rained all day.", "It is a short walk fr
            "I had been there once before.", "The clock struck seven.", "We had heard about it from a neighbour.",
            "It was my turn to choose.", "I wrote this the same evening.")
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+# fmt: on
 
 
 def review(rng: random.Random, topic_name: str, label: str) -> str:

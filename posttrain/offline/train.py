@@ -4,6 +4,7 @@ A byte-level tokenizer (256 bytes and 3 special tokens, no merges), a Llama-fami
 and the task's files. The text, the first weights and the order of everything follow from the seeds; the last bits of
 the weights also depend on the machine's arithmetic.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -68,9 +69,16 @@ def write_tokenizer(folder: Path) -> Tokenizer:
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
     folder.mkdir(parents=True, exist_ok=True)
     backend.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
-              "model_max_length": CONFIG["max_position_embeddings"], "bos_token": SPECIAL[1], "eos_token": SPECIAL[2],
-              "pad_token": SPECIAL[2], "unk_token": SPECIAL[0], "chat_template": CHAT_TEMPLATE}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": CONFIG["max_position_embeddings"],
+        "bos_token": SPECIAL[1],
+        "eos_token": SPECIAL[2],
+        "pad_token": SPECIAL[2],
+        "unk_token": SPECIAL[0],
+        "chat_template": CHAT_TEMPLATE,
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return Tokenizer.load(folder)
 
@@ -82,8 +90,8 @@ def batches(tokenizer: Tokenizer) -> Iterator[torch.Tensor]:
     for rows, length in itertools.islice(itertools.cycle(WINDOWS), STEPS):
         while len(stream) < rows * (length + 1):
             stream += tokenizer.encode(next(documents))
-        yield torch.tensor(stream[:rows * (length + 1)]).view(rows, length + 1)
-        del stream[:rows * (length + 1)]
+        yield torch.tensor(stream[: rows * (length + 1)]).view(rows, length + 1)
+        del stream[: rows * (length + 1)]
 
 
 def train(tokenizer: Tokenizer) -> CausalLM:
