@@ -31,7 +31,7 @@ from torch import Tensor
 
 from ._rows import contiguous
 from ._segments import FEW_ROWS, tile_rows
-from ._triton import backend, on_device_of, tl, triton
+from ._triton import backend, tl, triton
 from ._variant import Variant
 
 PART = 512  # columns of K summed on their own
@@ -156,15 +156,14 @@ def multi_lora_add_triton(
     common = {"R": r, "HAS_RANKS": ranks is not None, "enable_fp_fusion": False}
     if backend() == "hip":  # one shape of matrix instruction, so that tiles of 16 and of 32 rows add in the same order
         common["matrix_instr_nonkdim"] = 16
-    with on_device_of(x):
-        if s.numel():
-            _multi_lora_shrink_kernel[(slots, triton.cdiv(r, shrink["BLOCK_R"]), parts)](
-                x, lora_A, ranks, order, tiles, s, n, M, K, x.stride(0), slots, r,
-                SPLIT=split, PART=PART, **common, **shrink,
-            )  # fmt: skip
-        _multi_lora_expand_kernel[(triton.cdiv(N, expand["BLOCK_N"]), slots)](
-            s, lora_B, scaling, ranks, order, tiles, y, n, M, N, slots, parts, r, **common, **expand,
+    if s.numel():
+        _multi_lora_shrink_kernel[(slots, triton.cdiv(r, shrink["BLOCK_R"]), parts)](
+            x, lora_A, ranks, order, tiles, s, n, M, K, x.stride(0), slots, r,
+            SPLIT=split, PART=PART, **common, **shrink,
         )  # fmt: skip
+    _multi_lora_expand_kernel[(triton.cdiv(N, expand["BLOCK_N"]), slots)](
+        s, lora_B, scaling, ranks, order, tiles, y, n, M, N, slots, parts, r, **common, **expand,
+    )  # fmt: skip
 
 
 CASES = (  # dtype, rows, rank, whether each adapter's rank is given

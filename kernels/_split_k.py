@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ._triton import on_device_of, tl, triton
+from ._triton import tl, triton
 from ._variant import Variant
 
 _BLOCK = 1024
@@ -44,11 +44,10 @@ def _add_parts_kernel(
 
 def add_parts_triton(partial: Tensor, bias: Tensor | None, y: Tensor) -> None:
     """y (M, N) = the sum of partial (SPLIT_K, M, N) over its first axis, plus bias (N,)."""
-    with on_device_of(y):
-        _add_parts_kernel[(triton.cdiv(y.numel(), _BLOCK),)](
-            partial, bias, y, y.numel(), y.shape[1], partial.shape[0],
-            SPLIT_K=min(partial.shape[0], MOST.value), HAS_BIAS=bias is not None, BLOCK=_BLOCK, num_warps=4,
-        )  # fmt: skip
+    _add_parts_kernel[(triton.cdiv(y.numel(), _BLOCK),)](
+        partial, bias, y, y.numel(), y.shape[1], partial.shape[0],
+        SPLIT_K=min(partial.shape[0], MOST.value), HAS_BIAS=bias is not None, BLOCK=_BLOCK, num_warps=4,
+    )  # fmt: skip
 
 
 def aot_variants() -> Iterator[Variant]:

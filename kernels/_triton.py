@@ -43,7 +43,7 @@ def current_arch() -> tuple[str, int | str]:
 
 
 def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device: make it the tensor's. CPU tensors (interpreter, emulator) need nothing."""
+    """The tensor's device as the current one, where triton launches. CPU tensors (interpreter, emulator) need nothing."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from . import codebooks, cpu
 from ._library import define
 from ._lookup import decode_absmax
-from ._triton import on_device_of, tl, triton
+from ._triton import tl, triton
 from ._variant import Variant
 
 _DEQUANTIZE_TILE = 1024
@@ -87,11 +87,10 @@ def double_quantize_triton(absmax: Tensor, block_size: int) -> tuple[Tensor, Ten
     if n == 0:
         return codes, nested, absmax.new_zeros(())
     offset = absmax.mean()
-    with on_device_of(absmax):
-        _double_quantize_kernel[(nested.numel(),)](
-            absmax, codebooks.on("DYNAMIC_MAP", absmax.device), codebooks.on("DYNAMIC_UPPER", absmax.device), offset,
-            codes, nested, n, block_size, TILE=triton.next_power_of_2(block_size), num_warps=4, enable_fp_fusion=False,
-        )  # fmt: skip
+    _double_quantize_kernel[(nested.numel(),)](
+        absmax, codebooks.on("DYNAMIC_MAP", absmax.device), codebooks.on("DYNAMIC_UPPER", absmax.device), offset,
+        codes, nested, n, block_size, TILE=triton.next_power_of_2(block_size), num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
     return codes, nested, offset
 
 
@@ -101,11 +100,10 @@ def double_dequantize_triton(codes: Tensor, absmax: Tensor, offset: Tensor, bloc
     out = torch.empty_like(codes, dtype=torch.float32)
     n = codes.numel()
     if n:
-        with on_device_of(codes):
-            _double_dequantize_kernel[(triton.cdiv(n, _DEQUANTIZE_TILE),)](
-                codes, codebooks.on("DYNAMIC_MAP", codes.device), absmax, offset, out, n, NESTED_BLOCK=block_size,
-                TILE=_DEQUANTIZE_TILE, num_warps=4, enable_fp_fusion=False,
-            )  # fmt: skip
+        _double_dequantize_kernel[(triton.cdiv(n, _DEQUANTIZE_TILE),)](
+            codes, codebooks.on("DYNAMIC_MAP", codes.device), absmax, offset, out, n, NESTED_BLOCK=block_size,
+            TILE=_DEQUANTIZE_TILE, num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
     return out
 
 

@@ -26,7 +26,7 @@ from . import cpu
 from ._library import define
 from ._row_filter import LARGEST, row_filter
 from ._rows import contiguous
-from ._triton import backend, on_device_of, tl, triton
+from ._triton import backend, tl, triton
 from ._variant import Variant
 from .nf4 import DTYPES
 
@@ -80,11 +80,10 @@ def logit_filter_triton(
         filtered = parameters is not None or top_k > 0 or top_p < 1
         tiles = tile(V, logits.stride(0) % 16 == 0)
         gathered = logits.new_empty(N * tiles["TILE"] if filtered else 1)
-        with on_device_of(logits):
-            _logit_filter_kernel[(N,)](
-                logits, parameters, gathered, threshold, log_total, logits.stride(0), V, temperature, top_k, top_p,
-                OWN=parameters is not None, FILTER=filtered, **tiles, **compiler_options(backend()),
-            )  # fmt: skip
+        _logit_filter_kernel[(N,)](
+            logits, parameters, gathered, threshold, log_total, logits.stride(0), V, temperature, top_k, top_p,
+            OWN=parameters is not None, FILTER=filtered, **tiles, **compiler_options(backend()),
+        )  # fmt: skip
     return threshold, log_total
 
 

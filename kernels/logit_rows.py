@@ -23,7 +23,7 @@ from torch import Tensor
 
 from . import cpu
 from ._library import define
-from ._triton import on_device_of, tl, triton
+from ._triton import tl, triton
 from ._variant import Variant
 from .nf4 import DTYPES
 
@@ -90,11 +90,10 @@ def logit_rows_triton(logits: Tensor, labels: Tensor, ignore_index: int, gradien
     entropies = torch.empty_like(logprobs) if entropy else torch.zeros_like(logprobs)
     if N:
         aligned = logits.stride(0) % 16 == 0  # which triton sees too, and then loads 128 bits at a time
-        with on_device_of(logits):
-            _logit_rows_kernel[(N,)](
-                logits, labels, logprobs, entropies, logits.stride(0), V, ignore_index, GRADIENT=gradient,
-                ENTROPY=entropy, TILE=_tile(aligned), num_warps=_WARPS, enable_fp_fusion=True,
-            )  # fmt: skip
+        _logit_rows_kernel[(N,)](
+            logits, labels, logprobs, entropies, logits.stride(0), V, ignore_index, GRADIENT=gradient,
+            ENTROPY=entropy, TILE=_tile(aligned), num_warps=_WARPS, enable_fp_fusion=True,
+        )  # fmt: skip
     return logprobs, entropies
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ._dropout import arguments, drop, kept
-from ._triton import on_device_of, tl, triton
+from ._triton import tl, triton
 from ._variant import Variant
 
 
@@ -79,11 +79,10 @@ def lora_linear_down_triton(
     s = x.new_empty(M, R) if parts == 1 else x.new_empty(parts, M, R, dtype=torch.float32)
     tile = down_tile(M, R, x.element_size(), dropout > 0)
     tiles = triton.cdiv(K, tile["BLOCK_K"])
-    with on_device_of(x):
-        _lora_linear_down_kernel[(triton.cdiv(M, tile["BLOCK_M"]), triton.cdiv(R, tile["BLOCK_R"]), parts)](
-            x, a, s, M, K, R, x.stride(0), a.stride(0), a.stride(1), triton.cdiv(tiles, parts), scaling,
-            **arguments(dropout, seed, K), EVEN_K=K % tile["BLOCK_K"] == 0, **tile, **down_options(tile),
-        )  # fmt: skip
+    _lora_linear_down_kernel[(triton.cdiv(M, tile["BLOCK_M"]), triton.cdiv(R, tile["BLOCK_R"]), parts)](
+        x, a, s, M, K, R, x.stride(0), a.stride(0), a.stride(1), triton.cdiv(tiles, parts), scaling,
+        **arguments(dropout, seed, K), EVEN_K=K % tile["BLOCK_K"] == 0, **tile, **down_options(tile),
+    )  # fmt: skip
     return s
 
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ._dropout import arguments, drop, kept
 from ._split_k import add_parts_triton
-from ._triton import current_arch, on_device_of, tl, triton
+from ._triton import current_arch, tl, triton
 from ._variant import Variant
 from .lora_linear_down import rank_tile
 
@@ -94,26 +94,24 @@ def lora_linear_grad_triton(
     z (M, C) and s (M, R) of any row stride, b (C, R) contiguous. The rows are summed in `parts` parts.
     """
     (M, C), R = z.shape, s.shape[1]
-    with on_device_of(z):
-        tile = grad_tile(R, z.element_size(), dropout > 0, b is not None, *current_arch())
+    tile = grad_tile(R, z.element_size(), dropout > 0, b is not None, *current_arch())
     num_warps = tile.pop("num_warps")
     columns = triton.cdiv(C, tile["BLOCK_C"])
     partial = z.new_empty(parts, *((R, C) if transposed else (C, R)), dtype=torch.float32)
     v = None if b is None else z.new_empty(columns, M, R, dtype=torch.float32)
     strides = (1, C) if transposed else (R, 1)
-    with on_device_of(z):
-        _lora_linear_grad_kernel[(columns, parts, triton.cdiv(R, tile["BLOCK_R"]))](
-            z, s, b, partial, v, M, C, R, z.stride(0), s.stride(0), *strides,
-            triton.cdiv(triton.cdiv(M, tile["BLOCK_M"]), parts), scaling,
-            **arguments(dropout, seed, C), EVEN_C=C % tile["BLOCK_C"] == 0, WITH_V=b is not None,
-            **tile, num_warps=num_warps, num_stages=2,
-        )  # fmt: skip
-        grad = z.new_empty(partial.shape[1:], dtype=grad_dtype)
-        add_parts_triton(partial, None, grad)
-        if v is None:
-            return grad, None
-        V = z.new_empty(M, R)
-        add_parts_triton(v, None, V)
+    _lora_linear_grad_kernel[(columns, parts, triton.cdiv(R, tile["BLOCK_R"]))](
+        z, s, b, partial, v, M, C, R, z.stride(0), s.stride(0), *strides,
+        triton.cdiv(triton.cdiv(M, tile["BLOCK_M"]), parts), scaling,
+        **arguments(dropout, seed, C), EVEN_C=C % tile["BLOCK_C"] == 0, WITH_V=b is not None,
+        **tile, num_warps=num_warps, num_stages=2,
+    )  # fmt: skip
+    grad = z.new_empty(partial.shape[1:], dtype=grad_dtype)
+    add_parts_triton(partial, None, grad)
+    if v is None:
+        return grad, None
+    V = z.new_empty(M, R)
+    add_parts_triton(v, None, V)
     return grad, V
 
 

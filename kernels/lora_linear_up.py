@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ._dropout import arguments, kept
 from ._rows import contiguous
-from ._triton import on_device_of, tl, triton
+from ._triton import tl, triton
 from ._variant import Variant
 from .lora_linear_down import rank_tile
 
@@ -66,11 +66,10 @@ def lora_linear_up_triton(
     y = s.new_empty(M, N)
     tile = up_tile(R, s.element_size(), dropout > 0)
     bias = contiguous(bias)
-    with on_device_of(s):
-        _lora_linear_up_kernel[(triton.cdiv(M, tile["BLOCK_M"]), triton.cdiv(N, tile["BLOCK_N"]))](
-            s, b, bias, y, M, N, s.stride(0), b.stride(0), b.stride(1), scaling, **arguments(dropout, seed, N),
-            RANK=R, HAS_BIAS=bias is not None, **tile, num_warps=4, num_stages=1,
-        )  # fmt: skip
+    _lora_linear_up_kernel[(triton.cdiv(M, tile["BLOCK_M"]), triton.cdiv(N, tile["BLOCK_N"]))](
+        s, b, bias, y, M, N, s.stride(0), b.stride(0), b.stride(1), scaling, **arguments(dropout, seed, N),
+        RANK=R, HAS_BIAS=bias is not None, **tile, num_warps=4, num_stages=1,
+    )  # fmt: skip
     return y
 
 

@@ -32,7 +32,7 @@ from . import codebooks, cpu
 from ._library import define
 from ._lookup import decode_absmax, lookup_word, product_table
 from ._rows import contiguous
-from ._triton import backend, on_device_of, tl, triton
+from ._triton import backend, tl, triton
 from ._variant import Variant
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -177,17 +177,16 @@ def quantize_4bit_triton(x: Tensor, block_size: int, quant_type: str) -> tuple[T
     upper = codebooks.on(f"{quant_type.upper()}_UPPER", x.device)
     blocks, rest = divmod(x.numel(), block_size)
     rows = max(_QUANTIZE_TILE // block_size, 1)
-    with on_device_of(x):
-        if blocks:
-            _quantize_4bit_kernel[(triton.cdiv(blocks, rows),)](
-                x, upper, packed, absmax, blocks, block_size, rows, quant_type, num_warps=8, enable_fp_fusion=False
-            )
-        if rest:
-            whole = blocks * block_size
-            _quantize_4bit_short_kernel[(1,)](
-                x[whole:], upper, packed[whole // 2 :], absmax[blocks:], rest, BLOCK_SIZES[-1], quant_type,
-                num_warps=8, enable_fp_fusion=False,
-            )  # fmt: skip
+    if blocks:
+        _quantize_4bit_kernel[(triton.cdiv(blocks, rows),)](
+            x, upper, packed, absmax, blocks, block_size, rows, quant_type, num_warps=8, enable_fp_fusion=False
+        )
+    if rest:
+        whole = blocks * block_size
+        _quantize_4bit_short_kernel[(1,)](
+            x[whole:], upper, packed[whole // 2 :], absmax[blocks:], rest, BLOCK_SIZES[-1], quant_type,
+            num_warps=8, enable_fp_fusion=False,
+        )  # fmt: skip
     return packed, absmax
 
 
@@ -206,16 +205,15 @@ def dequantize_4bit_triton(
     source = (packed, absmax, dynamic_map, nested_absmax, nested_offset)
     shift = (block_size // 32).bit_length() - 1
     grid = (triton.cdiv(n, _GROUPS * 32),)
-    with on_device_of(packed):
-        if backend() == "cuda" and dtype != torch.float32 and n % 32 == 0 and packed.data_ptr() % 16 == 0:
-            _dequantize_4bit_words_kernel[grid](
-                *source, out, n // 32, shift, nested_block, _GROUPS, quant_type, num_warps=4, enable_fp_fusion=False
-            )
-        else:
-            _dequantize_4bit_kernel[grid](
-                *source, codebooks.on(quant_type.upper(), packed.device), out, n, packed.numel(), shift,
-                nested_block, _GROUPS, num_warps=4, enable_fp_fusion=False,
-            )  # fmt: skip
+    if backend() == "cuda" and dtype != torch.float32 and n % 32 == 0 and packed.data_ptr() % 16 == 0:
+        _dequantize_4bit_words_kernel[grid](
+            *source, out, n // 32, shift, nested_block, _GROUPS, quant_type, num_warps=4, enable_fp_fusion=False
+        )
+    else:
+        _dequantize_4bit_kernel[grid](
+            *source, codebooks.on(quant_type.upper(), packed.device), out, n, packed.numel(), shift,
+            nested_block, _GROUPS, num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
     return out
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ._library import LIBRARY, define
-from ._triton import on_device_of, tl, triton
+from ._triton import tl, triton
 from ._variant import Variant
 from .preference_losses import DIVERGENCES, LOSSES, Loss, on_tensors
 
@@ -90,12 +90,11 @@ def preference_loss_triton(
     outputs = tuple(torch.empty(chosen.shape, dtype=chosen.dtype, device=chosen.device) for _ in range(5))
     B = chosen.numel()
     if B:
-        with on_device_of(chosen):
-            _preference_loss_kernel[(triton.cdiv(B, _BLOCK),)](
-                *tensors, *outputs, B, beta, smoothing, parameter, alpha,
-                LOSS=LOSSES[loss_type].function, DIVERGENCE=DIVERGENCES[divergence], PER_TOKEN=LOSSES[loss_type].per_token,
-                BLOCK=_BLOCK, num_warps=4,
-            )  # fmt: skip
+        _preference_loss_kernel[(triton.cdiv(B, _BLOCK),)](
+            *tensors, *outputs, B, beta, smoothing, parameter, alpha,
+            LOSS=LOSSES[loss_type].function, DIVERGENCE=DIVERGENCES[divergence], PER_TOKEN=LOSSES[loss_type].per_token,
+            BLOCK=_BLOCK, num_warps=4,
+        )  # fmt: skip
     return outputs
 
 

@@ -25,7 +25,6 @@ from torch import Tensor
 
 from . import cpu
 from ._library import LIBRARY, define
-from ._triton import on_device_of
 from .nf4 import DTYPES, dequantize_4bit_triton
 from .quantized_linear_decode import quantized_linear_decode_triton
 from .quantized_linear_gemm import quantized_linear_gemm_triton
@@ -60,8 +59,7 @@ def _linear_cuda(x, packed, absmax, nested, offset, nested_block_size, bias, N, 
         y = x.new_zeros(rows.shape[0], N)
         return (y if bias is None else y + bias).view(*x.shape[:-1], N)
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    with on_device_of(x):
-        chosen = plan(rows.shape[0], N, K, x.dtype, current_target())
+    chosen = plan(rows.shape[0], N, K, x.dtype, current_target())
     if chosen.kernel == "dequantize" or packed.data_ptr() % 16:  # kernels read packed in pieces of 16 bytes
         weight = _dequantized(x.dtype, packed, absmax, nested, offset, nested_block_size, N, K, block_size, quant_type)
         y = F.linear(rows, weight, bias)

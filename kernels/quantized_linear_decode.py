@@ -37,7 +37,7 @@ from ._lookup import decode_absmax
 from ._low_rank import NONE, LowRank, arguments, start_lanes
 from ._rows import contiguous
 from ._split_k import add_parts_triton
-from ._triton import backend, on_device_of, tl, triton
+from ._triton import backend, tl, triton
 from ._variant import Variant
 
 GROUP = 32  # weights a lane owns: 16 bytes, and the smallest block
@@ -177,16 +177,15 @@ def quantized_linear_decode_triton(
     rows = rows_per_warp(tile_m)
     lanes = 64 if backend() == "hip" else 32  # a wavefront of gfx942 has 64
     nested_block = 0 if nested_absmax is None else nested_block_size
-    with on_device_of(x):
-        _quantized_linear_decode_kernel[(triton.cdiv(N, WARPS * rows), triton.cdiv(M, tile_m), split_k)](
-            x, packed, absmax, codebooks.on("DYNAMIC_MAP", x.device) if nested_block else None, nested_absmax, nested_offset,
-            codebooks.on(quant_type.upper(), x.device), bias if split_k == 1 else None, out,
-            M, N, K, x.stride(0), triton.cdiv(K // GROUP, split_k), (block_size // GROUP).bit_length() - 1,
-            NESTED_BLOCK=nested_block, HAS_BIAS=bias is not None and split_k == 1,
-            TILE_M=tile_m, ROWS=rows, WARPS=WARPS, LANES=lanes, **arguments(low_rank), num_warps=WARPS, enable_fp_fusion=False,
-        )  # fmt: skip
-        if split_k > 1:
-            add_parts_triton(out, bias, y)
+    _quantized_linear_decode_kernel[(triton.cdiv(N, WARPS * rows), triton.cdiv(M, tile_m), split_k)](
+        x, packed, absmax, codebooks.on("DYNAMIC_MAP", x.device) if nested_block else None, nested_absmax, nested_offset,
+        codebooks.on(quant_type.upper(), x.device), bias if split_k == 1 else None, out,
+        M, N, K, x.stride(0), triton.cdiv(K // GROUP, split_k), (block_size // GROUP).bit_length() - 1,
+        NESTED_BLOCK=nested_block, HAS_BIAS=bias is not None and split_k == 1,
+        TILE_M=tile_m, ROWS=rows, WARPS=WARPS, LANES=lanes, **arguments(low_rank), num_warps=WARPS, enable_fp_fusion=False,
+    )  # fmt: skip
+    if split_k > 1:
+        add_parts_triton(out, bias, y)
     return y
 
 

@@ -42,7 +42,7 @@ from ._lookup import decode_absmax
 from ._low_rank import NONE, LowRank, add_tile, arguments
 from ._rows import contiguous
 from ._split_k import add_parts_triton
-from ._triton import current_arch, on_device_of, tl, triton
+from ._triton import current_arch, tl, triton
 from ._variant import Variant
 from .quantized_linear_decode import split4
 
@@ -213,17 +213,16 @@ def quantized_linear_gemm_triton(
     nested_block = 0 if nested_absmax is None else nested_block_size
     packed, absmax = packed.contiguous(), absmax.contiguous()
     nested_absmax, bias = contiguous(nested_absmax), contiguous(bias)
-    with on_device_of(x):
-        tile, options = gemm_tile(M, *current_arch())
-        _quantized_linear_gemm_kernel[(triton.cdiv(N, BLOCK_N), triton.cdiv(M, tile["BLOCK_M"] * tile["TILES_M"]), split_k)](
-            x, packed, absmax, codebooks.on("DYNAMIC_MAP", x.device) if nested_block else None, nested_absmax, nested_offset,
-            codebooks.on(quant_type.upper(), x.device), bias if split_k == 1 else None, out,
-            M, N, K, x.stride(0), triton.cdiv(triton.cdiv(K, 128), split_k), (block_size // 32).bit_length() - 1,
-            NESTED_BLOCK=nested_block, HAS_BIAS=bias is not None and split_k == 1, EVEN_K=K % 128 == 0,
-            **tile, **arguments(low_rank), **options,
-        )  # fmt: skip
-        if split_k > 1:
-            add_parts_triton(out, bias, y)
+    tile, options = gemm_tile(M, *current_arch())
+    _quantized_linear_gemm_kernel[(triton.cdiv(N, BLOCK_N), triton.cdiv(M, tile["BLOCK_M"] * tile["TILES_M"]), split_k)](
+        x, packed, absmax, codebooks.on("DYNAMIC_MAP", x.device) if nested_block else None, nested_absmax, nested_offset,
+        codebooks.on(quant_type.upper(), x.device), bias if split_k == 1 else None, out,
+        M, N, K, x.stride(0), triton.cdiv(triton.cdiv(K, 128), split_k), (block_size // 32).bit_length() - 1,
+        NESTED_BLOCK=nested_block, HAS_BIAS=bias is not None and split_k == 1, EVEN_K=K % 128 == 0,
+        **tile, **arguments(low_rank), **options,
+    )  # fmt: skip
+    if split_k > 1:
+        add_parts_triton(out, bias, y)
     return y
 
 

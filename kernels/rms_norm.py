@@ -26,7 +26,7 @@ from torch import Tensor
 from . import cpu
 from ._library import LIBRARY, define
 from ._rows import rows_of
-from ._triton import on_device_of, tl, triton
+from ._triton import tl, triton
 from ._variant import Variant
 from .cpu import pytorch_rms_norm
 from .nf4 import DTYPES
@@ -98,8 +98,7 @@ def rms_norm_triton(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tens
     N, D = rows.shape
     y, rstd = torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty(N, dtype=torch.float32, device=x.device)
     block, warps = _block(D)
-    with on_device_of(x):
-        _rms_norm_fwd_kernel[(N,)](rows, weight, y, rstd, rows.stride(0), D, eps, BLOCK=block, num_warps=warps)
+    _rms_norm_fwd_kernel[(N,)](rows, weight, y, rstd, rows.stride(0), D, eps, BLOCK=block, num_warps=warps)
     return y, rstd
 
 
@@ -112,11 +111,10 @@ def rms_norm_backward_triton(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor
     dx, programs = torch.empty(x.shape, dtype=x.dtype, device=x.device), triton.cdiv(N, each)
     parts = torch.empty(programs if need_weight else 0, D, dtype=torch.float32, device=x.device)
     block, warps = _block(D)
-    with on_device_of(x):
-        _rms_norm_bwd_kernel[(programs,)](
-            rows, dy_rows, weight, rstd, dx, parts, rows.stride(0), dy_rows.stride(0), N, D, ROWS=each, DWEIGHT=need_weight,
-            BLOCK=block, num_warps=warps,
-        )  # fmt: skip
+    _rms_norm_bwd_kernel[(programs,)](
+        rows, dy_rows, weight, rstd, dx, parts, rows.stride(0), dy_rows.stride(0), N, D, ROWS=each, DWEIGHT=need_weight,
+        BLOCK=block, num_warps=warps,
+    )  # fmt: skip
     return dx, parts.sum(0).to(weight.dtype) if need_weight else weight.new_empty(0)
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from . import cpu
 from ._library import LIBRARY, define
-from ._triton import on_device_of, tl, triton
+from ._triton import tl, triton
 from ._variant import Variant
 from .cpu import pytorch_rope
 from .nf4 import DTYPES
@@ -75,11 +75,10 @@ def rope_triton(x: Tensor, cos: Tensor, sin: Tensor, transposed: bool) -> Tensor
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     x, cos, sin = (t if t.stride(3) == 1 else t.contiguous() for t in (x, cos.expand(B, -1, -1, -1), sin.expand(B, -1, -1, -1)))
     at_once, block, warps = _tile(heads, D // 2)
-    with on_device_of(x):
-        _rope_kernel[(B * T,)](
-            x, cos, sin, y, T, heads, *x.stride()[:3], *cos.stride()[:2], *sin.stride()[:2], HALF=D // 2, TRANSPOSED=transposed,
-            HEADS=at_once, BLOCK=block, num_warps=warps,
-        )  # fmt: skip
+    _rope_kernel[(B * T,)](
+        x, cos, sin, y, T, heads, *x.stride()[:3], *cos.stride()[:2], *sin.stride()[:2], HALF=D // 2, TRANSPOSED=transposed,
+        HEADS=at_once, BLOCK=block, num_warps=warps,
+    )  # fmt: skip
     return y
 
 

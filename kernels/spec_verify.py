@@ -45,7 +45,7 @@ def _fake(draft_tokens, *rest):
     return draft_tokens.new_empty(B, K + 1), draft_tokens.new_empty(B)
 
 
-_NOISE = "Tensor? uniforms, Tensor? gumbel, int seed, Tensor? seeds, Tensor? offsets"
+_NOISE = "Tensor? uniforms, Tensor? gumbel, SymInt seed, Tensor? seeds, Tensor? offsets"
 _SETTING = "float temperature, int top_k, float top_p, Tensor? parameters"
 define(
     f"verify_draft_tokens(Tensor draft_tokens, Tensor? draft_logits, Tensor target_logits, Tensor num_draft, {_SETTING}, {_NOISE})"

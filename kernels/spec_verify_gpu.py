@@ -17,7 +17,7 @@ from torch import Tensor
 from ._row_filter import LARGEST, LEAST, load_clean, row_filter
 from ._rows import contiguous
 from ._spec_noise import exponentials, log2_near, request_noise, uniforms
-from ._triton import backend, on_device_of, tl, triton
+from ._triton import backend, tl, triton
 from ._variant import Variant
 from .logit_filter import compiler_options, for_compilers, tile
 from .nf4 import DTYPES
@@ -301,26 +301,23 @@ def verify_draft_tokens_triton(
     noise = [contiguous(tensor) for tensor in (uniforms, gumbel, seeds, offsets)]
     shape = (drafted.stride(0), *strides, *target.stride()[:2], K, V, V if draft is None else draft.shape[2])
     options = {"OWN": parameters is not None, "FILTER": filtered, **tiles, **compiler_options(backend())}
-    with on_device_of(target):
-        if K:
-            _spec_rows_kernel[(B * K, sides)](
-                drafted, draft, target, num_draft, parameters, gathered, statistics, *shape, temperature, top_k, top_p,
-                DRAFT=draft is not None, **options,
-            )  # fmt: skip
-        part, parts = _split(B, V, filtered or temperature == 0, tiles["TILE"])
-        scores = torch.empty(B, parts, dtype=torch.float32, device=target.device)
-        winners = torch.empty(B, parts, dtype=torch.int32, device=target.device)
-        places = triton.next_power_of_2(K + 1)
-        _spec_draw_kernel[(B, parts)](
-            drafted, draft, target, num_draft, parameters, statistics, gathered, *noise,
-            scores, winners, tokens, num_accepted, *shape, B, part, temperature, top_k, top_p, seed,
-            DRAFT=draft is not None, UNIFORMS=uniforms is not None, GUMBEL=gumbel is not None, SEEDS=seeds is not None,
-            OFFSETS=offsets is not None, SPLIT=parts > 1, PLACES=places, **options,
+    if K:
+        _spec_rows_kernel[(B * K, sides)](
+            drafted, draft, target, num_draft, parameters, gathered, statistics, *shape, temperature, top_k, top_p,
+            DRAFT=draft is not None, **options,
         )  # fmt: skip
-        if parts > 1:
-            _spec_finish_kernel[(B,)](
-                scores, winners, num_accepted, tokens, K, parts, PARTS=triton.next_power_of_2(parts), num_warps=1
-            )
+    part, parts = _split(B, V, filtered or temperature == 0, tiles["TILE"])
+    scores = torch.empty(B, parts, dtype=torch.float32, device=target.device)
+    winners = torch.empty(B, parts, dtype=torch.int32, device=target.device)
+    places = max(8, triton.next_power_of_2(K + 1))  # at least 8: drafts vary in length, and each width is compiled anew
+    _spec_draw_kernel[(B, parts)](
+        drafted, draft, target, num_draft, parameters, statistics, gathered, *noise,
+        scores, winners, tokens, num_accepted, *shape, B, part, temperature, top_k, top_p, seed,
+        DRAFT=draft is not None, UNIFORMS=uniforms is not None, GUMBEL=gumbel is not None, SEEDS=seeds is not None,
+        OFFSETS=offsets is not None, SPLIT=parts > 1, PLACES=places, **options,
+    )  # fmt: skip
+    if parts > 1:
+        _spec_finish_kernel[(B,)](scores, winners, num_accepted, tokens, K, parts, PARTS=triton.next_power_of_2(parts), num_warps=1)
     return tokens, num_accepted
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from ._row_filter import LARGEST, load_clean, row_filter
 from ._rows import contiguous
 from ._spec_noise import request_noise, uniforms
-from ._triton import backend, on_device_of, tl, triton
+from ._triton import backend, tl, triton
 from ._variant import Variant
 from .logit_filter import compiler_options, tile
 from .nf4 import DTYPES
@@ -138,17 +138,15 @@ def _spec_tree_kernel(
                 i = tl.min(tl.where(children & (places > i), places, PLACES), axis=0)
             if child == PLACES:
                 tl.debug_barrier()
-                score, winner = race(
-                    row_ptr, V, 0, V, c, threshold, top, 1.0 / total,
-                    draft_row_ptr, V_draft, draft_threshold, draft_top, 1.0 / draft_total, factor,
-                    refused_ptr, count, gumbel_ptr, seed, offset, 1, GUMBEL, DRAFT, FILTER, TILE // 2,
-                )  # fmt: skip
-                if (winner < 0) & ((factor > 0.0) | (count > 0)):  # nothing is left of p: p itself
-                    score, winner = race(
+                tries = 0
+                while (winner < 0) & (tries < 2):  # the second time from p itself, where nothing is left of it
+                    _, winner = race(
                         row_ptr, V, 0, V, c, threshold, top, 1.0 / total,
-                        draft_row_ptr, V_draft, draft_threshold, draft_top, 1.0 / draft_total, 0.0,
-                        refused_ptr, 0, gumbel_ptr, seed, offset, 1, GUMBEL, DRAFT, FILTER, TILE // 2,
+                        draft_row_ptr, V_draft, draft_threshold, draft_top, 1.0 / draft_total, factor,
+                        refused_ptr, count, gumbel_ptr, seed, offset, 1, GUMBEL, DRAFT, FILTER, TILE // 2,
                     )  # fmt: skip
+                    factor, count = 0.0, 0
+                    tries += 1
         walking = child < PLACES
         if walking:
             emitted = tl.where(places == num_accepted, tl.sum(tl.where(places == child, tokens, 0), axis=0), emitted)
@@ -165,6 +163,11 @@ def _tile(V: int, aligned: bool) -> dict[str, int]:
     """As `tile`, half as many logits a thread: walking takes registers too."""
     tiles = tile(V, aligned)
     return tiles | {"TILE": tiles["TILE"] // 2}
+
+
+def _places(N: int) -> int:
+    """Lanes for a root and N nodes, at least 64: trees vary in size, and each width is compiled anew."""
+    return max(64, triton.next_power_of_2(N + 1))
 
 
 def verify_draft_tree_triton(
@@ -187,15 +190,14 @@ def verify_draft_tree_triton(
     refused = torch.empty(B * max(N, 1), dtype=torch.int64, device=device)
     drafted, above, num_nodes = node_tokens.contiguous(), parents.contiguous(), num_nodes.contiguous()
     parameters, *noise = (contiguous(tensor) for tensor in (parameters, uniforms, gumbel, seeds, offsets))
-    with on_device_of(target):
-        _spec_tree_kernel[(B,)](
-            drafted, above, draft, target, num_nodes, parameters, gathered, refused, *noise,
-            tokens, num_accepted, path, drafted.stride(0), above.stride(0) if above.dim() == 2 else 0, *strides,
-            *target.stride()[:2], N, V, V if draft is None else draft.shape[2], depth, temperature, top_k, top_p, seed,
-            OWN=parameters is not None, DRAFT=draft is not None, FILTER=filtered, REPLACED=with_replacement,
-            UNIFORMS=uniforms is not None, GUMBEL=gumbel is not None, SEEDS=seeds is not None, OFFSETS=offsets is not None,
-            PLACES=triton.next_power_of_2(N + 1), **tiles, **compiler_options(backend()),
-        )  # fmt: skip
+    _spec_tree_kernel[(B,)](
+        drafted, above, draft, target, num_nodes, parameters, gathered, refused, *noise,
+        tokens, num_accepted, path, drafted.stride(0), above.stride(0) if above.dim() == 2 else 0, *strides,
+        *target.stride()[:2], N, V, V if draft is None else draft.shape[2], depth, temperature, top_k, top_p, seed,
+        OWN=parameters is not None, DRAFT=draft is not None, FILTER=filtered, REPLACED=with_replacement,
+        UNIFORMS=uniforms is not None, GUMBEL=gumbel is not None, SEEDS=seeds is not None, OFFSETS=offsets is not None,
+        PLACES=_places(N), **tiles, **compiler_options(backend()),
+    )  # fmt: skip
     return tokens, num_accepted, path
 
 
@@ -223,8 +225,7 @@ def tree_attention_triton(parents: Tensor) -> tuple[Tensor, Tensor]:
     mask = torch.empty(B, N + 1, N + 1, dtype=torch.bool, device=parents.device)
     depth = torch.empty(B, N + 1, dtype=torch.int64, device=parents.device)
     if B:
-        with on_device_of(parents):
-            _tree_attention_kernel[(B, N + 1)](parents, mask, depth, N, PLACES=triton.next_power_of_2(N + 1), num_warps=1)
+        _tree_attention_kernel[(B, N + 1)](parents, mask, depth, N, PLACES=_places(N), num_warps=1)
     return mask, depth
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from . import cpu
 from ._library import LIBRARY, define
 from ._rows import rows_of
-from ._triton import on_device_of, tl, triton
+from ._triton import tl, triton
 from ._variant import Variant
 from .cpu import pytorch_swiglu
 from .nf4 import DTYPES
@@ -74,10 +74,9 @@ def swiglu_triton(gate: Tensor, up: Tensor) -> Tensor:
         return pytorch_swiglu.swiglu(gate, up)
     y, g, u = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device), rows_of(gate), rows_of(up)
     N, D = g.shape
-    with on_device_of(gate):
-        _swiglu_fwd_kernel[(N * triton.cdiv(D, _BLOCK),)](
-            g, u, y, g.stride(0), u.stride(0), D, BLOCK=_BLOCK, num_warps=_WARPS
-        )  # fmt: skip
+    _swiglu_fwd_kernel[(N * triton.cdiv(D, _BLOCK),)](
+        g, u, y, g.stride(0), u.stride(0), D, BLOCK=_BLOCK, num_warps=_WARPS
+    )  # fmt: skip
     return y
 
 
@@ -88,10 +87,9 @@ def swiglu_backward_triton(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor
     dgate, dup = (torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) for _ in range(2))
     g, u, d = rows_of(gate), rows_of(up), rows_of(dy)
     N, D = g.shape
-    with on_device_of(gate):
-        _swiglu_bwd_kernel[(N * triton.cdiv(D, _BLOCK),)](
-            g, u, d, dgate, dup, g.stride(0), u.stride(0), d.stride(0), D, BLOCK=_BLOCK, num_warps=_WARPS
-        )  # fmt: skip
+    _swiglu_bwd_kernel[(N * triton.cdiv(D, _BLOCK),)](
+        g, u, d, dgate, dup, g.stride(0), u.stride(0), d.stride(0), D, BLOCK=_BLOCK, num_warps=_WARPS
+    )  # fmt: skip
     return dgate, dup
 
 

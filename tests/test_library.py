@@ -1,11 +1,16 @@
-"""What holds of every registered op: it computes in the dtypes that it is given, whatever torch.autocast would choose."""
+"""What holds of every registered op: it computes in the dtypes that it is given, whatever torch.autocast would choose; on its
+tensor's device; and compiled, numbers that change from call to call are no constants."""
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from posttrain.kernels import (
+    _library,
     linear_logprobs,
     lora_linear,
     lora_linear_group,
@@ -14,10 +19,12 @@ from posttrain.kernels import (
     quantized_linear,
     rms_norm,
     swiglu,
+    verify_draft_tokens,
 )
 
 W, A, B = (torch.randn(shape, generator=torch.Generator().manual_seed(1)) for shape in ((96, 64), (4, 64), (96, 4)))
 LABELS = torch.arange(40)
+VERIFIED = torch.tensor([[1, 2]]), None, torch.randn(1, 3, 50, generator=torch.Generator().manual_seed(2)), torch.tensor([2])
 OPS = {
     "quantized_linear": lambda x: quantized_linear(x, quantize_weight(W)),
     "lora_linear": lambda x: lora_linear(x, W, A, B, 2.0),
@@ -59,3 +66,30 @@ def test_compiled_under_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = torch.compile(lambda x: lora_linear(x, W, A, B, 2.0), fullgraph=True, backend="aot_eager")(x)
     assert y.dtype == torch.float32 and torch.equal(y, lora_linear(x, W, A, B, 2.0))
+
+
+def test_a_seed_is_compiled_once():
+    counter = CompileCounter()
+    verify = torch.compile(lambda seed: verify_draft_tokens(*VERIFIED, seed=seed), backend=counter, fullgraph=True)
+    torch.manual_seed(0)
+    for seed in (11, 22, 33, 44):
+        for got, expected in zip(verify(seed), verify_draft_tokens(*VERIFIED, seed=seed), strict=True):
+            assert torch.equal(got, expected)
+    assert counter.frame_count <= 2  # the first as a constant, the others as a symbol
+
+
+def test_a_gpu_op_runs_with_its_tensors_device_as_the_current_one(monkeypatch):
+    """triton launches on the current device. Of an op whose first argument is a list of tensors, the first of them decides."""
+    entered = []
+
+    @contextlib.contextmanager
+    def on_device_of(tensor):
+        entered.append(tensor)
+        yield
+        entered.append(None)
+
+    monkeypatch.setattr(_library, "on_device_of", on_device_of)
+    x, dys = torch.zeros(2), [torch.ones(3), torch.ones(4)]
+    assert _library._on_its_device(lambda *given: (entered[-1] is given[0], *given))(x, 5) == (True, x, 5)
+    assert entered == [x, None]
+    assert _library._on_its_device(lambda given: entered[-1] is given[0])(dys)
