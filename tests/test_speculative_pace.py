@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -76,6 +77,29 @@ def test_never_much_slower_than_plain(alpha, rows, tokens, missed):
     machine = Machine(lambda done: alpha, rows=rows, missed=missed, **COSTLY)
     assert machine.run(tokens) <= 1.05
     assert machine.report.rested > tokens / 2 and "switched off" in str(machine.report)
+
+
+class Shaky(Machine):
+    """Seconds go up and down by 15 %, with slow moments of a few steps; `true` counts them as they would have been."""
+
+    def __init__(self, seed, *args, **fields):
+        super().__init__(*args, **fields)
+        self.generator, self.level, self.true = random.Random(seed), 0.0, self.prompt
+
+    def _took(self, seconds):
+        self.level = 0.7 * self.level + 0.11 * self.generator.gauss(0, 1)
+        self.true += seconds
+        return seconds * math.exp(self.level)
+
+
+@pytest.mark.parametrize(("alpha", "c"), [(0.0, 0.25), (0.05, 0.1), (0.3, 0.35), (0.4, 0.6)])
+@pytest.mark.parametrize("tokens", [48, 256])
+def test_slow_moments_of_the_machine_are_not_mistaken_for_gains(alpha, c, tokens):
+    """The first plain pass, of which there is one before the first draft, may be a slow one."""
+    for seed in range(50):
+        machine = Shaky(seed, lambda done: alpha, lambda n: 1 + 0.01 * (n - 1), c, prompt_cost=c / 2, prompt=2.0, longest=16)
+        machine.run(tokens)
+        assert machine.true <= 1.05 * (machine.prompt + machine.report.tokens)
 
 
 def test_it_comes_back_when_the_text_changes():

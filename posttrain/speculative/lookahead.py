@@ -89,12 +89,13 @@ class Lookahead:
 
     ngram: N, the length of the pool's n-grams (levels of the window and one). window: W columns. guesses: G n-grams verified at
     once, and kept of each first token. pool_from_text: the n-grams of the prompt and of what was generated go into the pool too.
+    As they are, window and root are 12 rows of a pass, and four guessed tokens fit a matrix unit's tile of 16 besides.
     """
 
     features: tuple[int, ...] = ()
     prompt_cost = 0.0
 
-    def __init__(self, ngram: int = 4, window: int = 5, guesses: int = 5, pool_from_text: bool = True):
+    def __init__(self, ngram: int = 4, window: int = 4, guesses: int = 5, pool_from_text: bool = True):
         if ngram < 3 or window < 2 or guesses < 1:
             raise ValueError(f"ngram is {ngram}, window {window} and guesses {guesses}; expected at least 3, 2 and 1")
         self.ngram, self.window, self.guesses, self.pool_from_text = ngram, window, guesses, pool_from_text

@@ -3,7 +3,7 @@
 Of the lengths g it takes the one of most tokens a second,
     E[tokens](alpha, g) / (seconds to draft g + seconds of a pass over them and the root)          (planner.py, with v measured)
 and none at all where plain passes are as fast. Two things keep it honest where that estimate errs: a ledger of what drafting has
-cost and won against plain passes, which may fall behind by `MARGIN` of the time and no more; and, when it has switched off, a
+cost and won in plain passes, which may fall behind by `MARGIN` of them and no more; and, when it has switched off, a
 short draft now and then, at intervals that double, to see whether the text has changed.
 """
 
@@ -17,7 +17,7 @@ from .planner import expected_tokens
 from .report import Report
 
 clock = time.perf_counter
-MARGIN = 0.025  # of the time that plain decoding would take, up to AHEAD tokens from now
+MARGIN = 0.03  # of the passes that plain decoding takes, up to AHEAD tokens from now
 PROMPT_MARGIN = 0.02  # of the time that plain decoding would take, to let the drafter read the prompts
 AHEAD = 64
 REMEMBERED = 9  # times of a kind, of which the median counts
@@ -43,7 +43,9 @@ class _Times:
         self.seconds.setdefault(size, deque(maxlen=REMEMBERED)).append(seconds)
 
     def at(self, size: int) -> float:
-        known = {size: median(seconds) for size, seconds in self.seconds.items()}
+        known, least = {}, float("inf")
+        for larger in sorted(self.seconds, reverse=True):  # more takes no less: what was timed in a slow moment is put right
+            known[larger] = least = min(least, median(self.seconds[larger]))
         if size in known:
             return known[size]
         below, above = max((s for s in known if s < size), default=None), min((s for s in known if s > size), default=None)
@@ -69,12 +71,14 @@ class Pace:
         self.drafting: dict[int, _Times] = defaultdict(_Times)
         self.width: dict[int, int] = {}  # of a pass with drafts of this depth
         self.accepted, self.examined = PRIOR
-        self.behind = 0.0  # seconds, against plain passes
+        self.behind = 0.0  # plain passes that drafting has cost more than it won
+        self.done = 0.0  # tokens a row
         self.rest = self.resting = 0
         self.probing = self.drafted = self.prompts_read = False
         self.missed: deque[float] = deque(maxlen=REMEMBERED)  # seconds to take in what passed without a draft
         self.affordable: bool | None = None
         self.since_plain = 0
+        self.prompt_seconds = 0.0
 
     def prompts_seen(self, seconds: float, max_new_tokens: int) -> None:
         self.prompt_seconds, self.max_new_tokens = seconds, max_new_tokens
@@ -96,9 +100,9 @@ class Pace:
             self.affordable = self.prompt_cost * self.prompt_seconds <= PROMPT_MARGIN * whole
         length = self._length(limit, rows, max(caps)) if self.affordable else 0
         if length:
-            allowed = MARGIN * (self.report.seconds + min(max(caps), AHEAD) * plain)
+            allowed = MARGIN * (self.done + min(max(caps), AHEAD))
             missed = 0.0 if self.drafted else max(self.missed, default=self.prompt_cost * plain)
-            if self.behind + missed + self._seconds(rows, length) - plain > allowed:
+            if self.behind + (missed + self._seconds(rows, length)) / plain - 1 > allowed:
                 length = 0
         self.report.rested += length == 0
         return length
@@ -148,16 +152,20 @@ class Pace:
                 self.drafting[rows].add(deepest, draft_seconds)
             elif self.prompts_read:
                 self.missed.append(draft_seconds - self.drafting[rows].at(deepest))
-            else:
-                draft_seconds = self.drafting[rows].at(deepest)  # it had the prompts to take in, which PROMPT_MARGIN is for
+            else:  # it had the prompts to take in, which PROMPT_MARGIN is for
+                draft_seconds = max(draft_seconds - self.prompt_cost * self.prompt_seconds, 0.0)
             self.prompts_read = True
         self.drafted = deepest > 0
         if 1 not in self.passes[rows].seconds:
             self.report.plain_seconds = None
             return
         plain = self.passes[rows].at(1)
-        gained = plain * (1 + sum(accepted) / rows)
-        self.behind = max(self.behind + draft_seconds + seconds - gained, -plain)  # what was won long ago is not gambled away
+        yielded = 1 + sum(accepted) / rows
+        self.done += yielded
+        # In units of what a plain pass would have taken just now: a machine's slow moments are no cost of drafting.
+        cost = self.passes[rows].at(width) / plain
+        self.behind += cost * (1 + draft_seconds / seconds) - yielded if seconds > 0 else 0.0
+        self.behind = max(self.behind, -1.0)  # what was won long ago is not gambled away
         if self.report.plain_seconds is not None:
-            self.report.plain_seconds += gained
+            self.report.plain_seconds += plain * yielded
             self.report.costs = {g: self._seconds(rows, g) / plain for g in self.report.lengths}
