@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .attention import attention
 from .config import ModelConfig
+from .few_rows import few_rows_linear
 from .functional import rms_norm, swiglu
 from .fused import FusedLinear
 from .kv_cache import KVCache, Prefix, Recorder
@@ -305,7 +306,7 @@ class CausalLM(nn.Module):
     def head(self, hidden: Tensor) -> Tensor:
         """Logits (..., V) of hidden states (..., D)."""
         if self.config.tie_word_embeddings:
-            return F.linear(hidden, self.model.embed_tokens.weight)
+            return few_rows_linear(hidden, self.model.embed_tokens.weight)
         return self.lm_head(hidden)
 
     def forward(

@@ -1,4 +1,4 @@
-"""q/k/v and gate/up as one quantized product each, while generating.
+"""q/k/v and gate/up as one quantized product each, while generating; and dense products by few_rows.py.
 
 A token's work in a small model is mostly the calling of operations, so fewer and larger ones decode faster. Rows of blocks that
 do not straddle them can be laid end to end without changing a value: the fused weight has the layers' packed bytes in one
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from posttrain.kernels import DoubleQuantized, QuantizedWeight, double_dequantize
 from posttrain.quantized import QuantizedLinear
+
+from .few_rows import dense_few_rows
 
 if TYPE_CHECKING:
     from .decoder import CausalLM
@@ -76,7 +78,8 @@ def _fusable(layers: list[nn.Module]) -> list[QuantizedLinear]:
 
 @contextmanager
 def fused_projections(model: CausalLM) -> Iterator[None]:
-    """While open, layers that can be fused are. Made once a model and checked each time; training between is unaffected."""
+    """While open, layers that can be fused are, and dense ones take few rows faster. What is fused is made once a model and checked
+    each time; training between is unaffected."""
     owners = []
     try:
         for layer in model.model.layers:
@@ -92,7 +95,8 @@ def fused_projections(model: CausalLM) -> Iterator[None]:
                 made.take_biases(layers)
                 owner.fused = made
                 owners.append(owner)
-        yield
+        with dense_few_rows(model):
+            yield
     finally:
         for owner in owners:
             owner.fused = None

@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from posttrain.model.few_rows import dense_few_rows, few_rows_linear
+
 from .eagle_head import EagleHead
 from .interface import FINAL, Proposal, Requests
 from .medusa import cut, nodes_within
@@ -93,10 +95,9 @@ class Eagle:
         caps = [min(cap, limit) for cap in requests.cap]
         if max(caps, default=0) == 0:
             return Proposal(torch.empty(len(caps), 0, dtype=torch.int64, device=requests.device), torch.zeros_like(requests.roots))
-        state, hidden = self._catch_up()
-        if self.tree is None:
-            return self._grow(state, hidden, caps)
-        return self._fill(self.tree, state, hidden, caps)
+        with dense_few_rows(self.head):
+            state, hidden = self._catch_up()
+            return self._grow(state, hidden, caps) if self.tree is None else self._fill(self.tree, state, hidden, caps)
 
     def _catch_up(self) -> tuple[Tensor, Tensor]:
         """The layer's (state, hidden) (B, 1, D) after each row's root, once all pairs observed are in the cache."""
@@ -142,7 +143,7 @@ class Eagle:
         slots: dict[int, int] = {}
         found: list[Tensor] = []
         for level, nodes in enumerate(levels):
-            best = ids[(hidden @ self.head.head.t()).topk(max(ranks[i] for i in nodes) + 1, dim=-1).indices]
+            best = ids[few_rows_linear(hidden, self.head.head).topk(max(ranks[i] for i in nodes) + 1, dim=-1).indices]
             found.append(best[:, [place[parents[i]] for i in nodes], [ranks[i] for i in nodes]])
             if level + 1 == len(levels):
                 break
@@ -186,4 +187,4 @@ class Eagle:
         return Proposal(cut(ids[places], num), num, None, parents)
 
     def _logprobs(self, hidden: Tensor) -> Tensor:
-        return (hidden @ self.head.head.t()).float().log_softmax(-1)
+        return few_rows_linear(hidden, self.head.head).float().log_softmax(-1)

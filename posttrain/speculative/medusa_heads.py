@@ -24,6 +24,7 @@ from posttrain.data import IGNORE_INDEX
 from posttrain.errors import PosttrainError
 from posttrain.kernels import linear_logprobs
 from posttrain.model.decoder import CausalLM
+from posttrain.model.few_rows import few_rows_linear
 
 from .draft_data import DraftBatch, shifted
 from .heads import head_rows, places, put_tensors, read_heads, save_heads
@@ -57,14 +58,14 @@ class MedusaHeads(nn.Module):
     def forward(self, hidden: Tensor, count: int | None = None) -> Tensor:
         """Hidden states (K, N, D) of the heads (of the first `count`) for the target's hidden (N, D)."""
         K, D = self.num_heads if count is None else count, hidden.shape[-1]
-        turned = F.linear(hidden, self.weight[:K].view(K * D, D).to(hidden.dtype), self.bias[:K].view(-1).to(hidden.dtype))
+        turned = few_rows_linear(hidden, self.weight[:K].view(K * D, D).to(hidden.dtype), self.bias[:K].view(-1).to(hidden.dtype))
         return (hidden[:, None] + F.silu(turned).view(-1, K, D)).transpose(0, 1)
 
     def logits(self, hidden: Tensor, count: int | None = None) -> Tensor:
         """(K, N, V') over the draft vocabulary."""
         states = self(hidden, count)
         if self.head_weight is None:  # as rows: of what the transposition left, PyTorch makes K products (20 times as slow)
-            return F.linear(states.reshape(-1, states.shape[2]), self.head).view(*states.shape[:2], -1)
+            return few_rows_linear(states.reshape(-1, states.shape[2]), self.head).view(*states.shape[:2], -1)
         return torch.bmm(states, self.head_weight[: len(states)].to(states.dtype).transpose(1, 2))
 
     def targets(self, batch: DraftBatch) -> tuple[Tensor, Tensor]:
