@@ -8,8 +8,8 @@ follows differs; a first difference must be such a tie, the two logits no farthe
         [--cpu-time] [--threads 2] [--json FILE]
 
 tokens/pass: tokens a pass of the target yields. alpha: accepted of examined drafts. Speedups: seconds of plain decoding, ours and
-transformers', over the contender's, medians over rounds, summed over a kind's prompts. --cpu-time takes processor time of one
-thread: fairer on a machine that other processes share.
+transformers', over the contender's in the same round, summed over a kind's prompts; the median of the rounds, and their range.
+--cpu-time takes processor time of one thread: fairer on a machine that other processes share.
 """
 
 from __future__ import annotations
@@ -135,10 +135,10 @@ def merged(reports: list[Report]) -> Report:
 
 def measure(kind: str, prompts: list[list[int]], runs: dict[str, Callable], model: CausalLM, options) -> dict[str, dict]:
     """Every contender's row for one kind of prompt."""
-    seconds: dict[str, list[float]] = {name: [0.0] * len(prompts) for name in runs}
+    seconds: dict[str, list[list[float]]] = {name: [] for name in runs}  # by prompt, by round
     reports: dict[str, list[Report]] = {name: [] for name in runs}
     ties = dict.fromkeys(runs, 0)
-    for i, prompt in enumerate(prompts):
+    for prompt in prompts:
         times: dict[str, list[float]] = {name: [] for name in runs}
         plain: list[int] = []
         for _ in range(options.rounds):
@@ -152,15 +152,20 @@ def measure(kind: str, prompts: list[list[int]], runs: dict[str, Callable], mode
                     ties[name] += first_difference(model, prompt, plain, tokens) is not None
                     reports[name].append(report)
         for name in runs:
-            seconds[name][i] = statistics.median(times[name])
+            seconds[name].append(times[name])
+    rounds = {name: [sum(each) for each in zip(*by_prompt, strict=True)] for name, by_prompt in seconds.items()}
+
+    def speedups(base: str, name: str) -> list[float] | None:
+        """In rising order, a round each."""
+        return sorted(a / b for a, b in zip(rounds[base], rounds[name], strict=True)) if base in rounds else None
+
     rows = {}
     for name in runs:
-        total = sum(seconds[name])
         report = merged(reports[name])
         rows[name] = {
             "seconds": seconds[name],
-            "speedup": sum(seconds["ours plain"]) / total,
-            "speedup_over_transformers": sum(seconds.get("transformers plain", [])) / total or None,
+            "speedups": speedups("ours plain", name),
+            "speedups_over_transformers": speedups("transformers plain", name),
             "tokens_per_pass": report.tokens_per_pass,
             "alpha": report.alpha,
             "acceptance_rate": report.acceptance_rate,
@@ -176,7 +181,10 @@ def describe(row: dict) -> str:
     def cell(value: float | None, form: str = ".2f") -> str:
         return "n/a" if value is None else format(value, form)
 
-    text = f"times ours plain {cell(row['speedup'])}, times transformers plain {cell(row['speedup_over_transformers'])}"
+    def spread(speedups: list[float] | None) -> str:
+        return "n/a" if speedups is None else f"{statistics.median(speedups):.2f} ({speedups[0]:.2f}-{speedups[-1]:.2f})"
+
+    text = f"times ours plain {spread(row['speedups'])}, times transformers plain {spread(row['speedups_over_transformers'])}"
     if row["tokens_per_pass"] is not None:
         text += f"; {cell(row['tokens_per_pass'])} tokens/pass, alpha {cell(row['alpha'])}, "
         text += f"accepted of drafted {cell(row['acceptance_rate'])}, off {cell(row['switched_off'], '.0%')} of passes"

@@ -13,7 +13,7 @@ from tolerance import assert_as_accurate
 from virtual_peers import IDS, T, assert_learns, check_peft_loads_ours, check_we_load_pefts
 
 from posttrain import adapters, offline
-from posttrain.adapters import PrefixTuningConfig, attach, prefix
+from posttrain.adapters import PrefixTuningConfig, attach, prefix, virtual_tokens
 from posttrain.adapters.virtual_tokens import pack, unpack
 from posttrain.model import load
 from posttrain.model.tokenizer import Tokenizer
@@ -58,6 +58,18 @@ def test_text_starts_as_if_it_had_been_read(projection):
     assert error <= inner.shape[1] * torch.finfo(torch.float32).eps * largest.max()
 
 
+def test_sampled_words_start_as_if_they_had_been_read(monkeypatch):
+    """Each is one of the vocabulary's first, none twice."""
+    monkeypatch.setattr(virtual_tokens, "MOST_COMMON", 40)
+    model = random_model()
+    torch.manual_seed(3)
+    words = torch.randperm(40)[:9]
+    with torch.no_grad():
+        expected = pack(model.prefix(model.model.embed_tokens.weight[words]))
+    torch.manual_seed(3)
+    assert torch.equal(started(model, num_virtual_tokens=9, init_weights="sample_vocab"), expected)
+
+
 @pytest.mark.parametrize("projection", [False, True])
 def test_zero(projection):
     model = random_model()
@@ -70,7 +82,7 @@ def test_zero(projection):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"init_weights": "ones"}, "init_weights is 'ones'; expected None or 'zero'"),
+        ({"init_weights": "ones"}, "init_weights is 'ones'; expected None, 'zero' or 'sample_vocab'"),
         ({"encoder_hidden_size": 0}, "encoder_hidden_size is 0"),
         ({"init_text": "x"}, "init_text needs tokenizer_name_or_path"),
         ({**FROM_TEXT, "init_weights": "zero"}, "excludes init_weights"),

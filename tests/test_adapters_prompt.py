@@ -10,7 +10,7 @@ from model_cases import random_model
 from virtual_peers import assert_learns, check_peft_loads_ours, check_we_load_pefts
 
 from posttrain import adapters, offline
-from posttrain.adapters import PromptTuningConfig, attach, prompt
+from posttrain.adapters import PromptTuningConfig, attach, prompt, virtual_tokens
 from posttrain.model import ModelConfig, load
 from posttrain.model.tokenizer import Tokenizer
 
@@ -41,7 +41,7 @@ def test_text_is_cut_or_repeated(count):
 
 
 def test_sampled_vocabulary_is_of_the_first_ids_each_at_most_once(monkeypatch):
-    monkeypatch.setattr(prompt, "MOST_COMMON", 40)
+    monkeypatch.setattr(virtual_tokens, "MOST_COMMON", 40)
     model = random_model()
     for count in (40, 45):
         start = started(model, num_virtual_tokens=count, prompt_tuning_init="SAMPLE_VOCAB")

@@ -13,7 +13,8 @@ Where it starts (section 7.4: the activations of real words beat random ones by 
     init_text      keys and values that the base computes for the text's tokens: the model starts as if it had read it.
                    With the MLP, its last layer is moved by the least that gives these (so encoder_hidden_size must be at
                    least num_virtual_tokens)
-    init_weights   None: as PEFT draws them, N(0, 1) or PyTorch's initialisation of the MLP; "zero": zeros
+    init_weights   "sample_vocab": the same of words drawn from the vocabulary's most common, as SAMPLE_VOCAB of prompt.py
+                   None: as PEFT draws them, N(0, 1) or PyTorch's initialisation of the MLP; "zero": zeros
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from .virtual_tokens import (
     parameters,
     place,
     remove,
+    sampled_embeddings,
     saved,
     source_of,
     text_embeddings,
@@ -65,8 +67,8 @@ class PrefixTuningConfig(VirtualTokensConfig):
     def __post_init__(self):
         super().__post_init__()
         check_positive(encoder_hidden_size=self.encoder_hidden_size)
-        if self.init_weights not in (None, "zero"):
-            raise ValueError(f"init_weights is {self.init_weights!r}; expected None or 'zero'")
+        if self.init_weights not in (None, "zero", "sample_vocab"):
+            raise ValueError(f"init_weights is {self.init_weights!r}; expected None, 'zero' or 'sample_vocab'")
         if self.init_text is not None and (self.init_weights is not None or self.tokenizer_name_or_path is None):
             raise ValueError("init_text needs tokenizer_name_or_path, the folder of its tokenizer, and excludes init_weights")
 
@@ -102,10 +104,11 @@ def resolve(model: nn.Module, config: PrefixTuningConfig) -> PrefixTuningConfig:
     what = f" ({shape.num_key_value_heads} key-value heads of {shape.head_dim})"
     fitted = fit(model, config, token_dim, shape.num_key_value_heads, what)
     hidden = config.encoder_hidden_size or token_dim
-    if config.prefix_projection and config.init_text is not None and hidden < config.num_virtual_tokens:
+    of_words = config.init_text is not None or config.init_weights == "sample_vocab"
+    if config.prefix_projection and of_words and hidden < config.num_virtual_tokens:
         raise ValueError(
-            f"encoder_hidden_size is {hidden}: an MLP so narrow cannot start {config.num_virtual_tokens} virtual tokens from a "
-            "text; it takes as many as there are tokens"
+            f"encoder_hidden_size is {hidden}: an MLP so narrow cannot start {config.num_virtual_tokens} virtual tokens from "
+            "words; it takes as many as there are tokens"
         )
     return replace(fitted, encoder_hidden_size=hidden)
 
@@ -135,6 +138,8 @@ def initial(model: Any, config: PrefixTuningConfig) -> Tensor | PrefixEncoder:
     if config.init_text is not None:
         assert config.tokenizer_name_or_path is not None
         start = pack(model.prefix(text_embeddings(model, config.init_text, config.tokenizer_name_or_path, count)))
+    elif config.init_weights == "sample_vocab":
+        start = pack(model.prefix(sampled_embeddings(model, count)))
     elif config.init_weights == "zero":
         start = torch.zeros(count, width)
     if not config.prefix_projection:

@@ -28,6 +28,7 @@ from .virtual_tokens import (
     parameters,
     place,
     remove,
+    sampled_embeddings,
     saved,
     source_of,
     text_embeddings,
@@ -35,7 +36,6 @@ from .virtual_tokens import (
 
 __all__ = ["PromptTuningConfig", "activate", "insert", "parameters", "remove", "resolve", "saved", "shapes"]
 
-MOST_COMMON = 5000
 INITS = ("RANDOM", "SAMPLE_VOCAB", "TEXT")
 
 
@@ -77,8 +77,7 @@ def initial(model: Any, config: PromptTuningConfig) -> Tensor:
         assert config.prompt_tuning_init_text is not None and config.tokenizer_name_or_path is not None
         return text_embeddings(model, config.prompt_tuning_init_text, config.tokenizer_name_or_path, count)
     if config.prompt_tuning_init == "SAMPLE_VOCAB":
-        ids = torch.randperm(min(MOST_COMMON, len(weight)))
-        return weight[ids.repeat(count // len(ids) + 1)[:count].to(weight.device)]
+        return sampled_embeddings(model, count)
     wide = weight.float()
     noise = torch.randn(count, weight.shape[1]).to(weight.device)
     return wide.mean(0) + wide.std(0) * noise

@@ -30,6 +30,7 @@ from posttrain.model.tokenizer import Tokenizer
 from .peft_format import read_config
 
 EMBEDDINGS, ENCODER = "prompt_embeddings", "prompt_encoder."
+MOST_COMMON = 5000
 
 Config = TypeVar("Config", bound="VirtualTokensConfig")
 
@@ -126,6 +127,13 @@ def text_embeddings(model: Any, text: str, tokenizer_path: str | os.PathLike, co
     if max(ids) >= len(weight):
         raise ValueError(f"the tokenizer in {tokenizer_path} gives the id {max(ids)}, and the model's vocabulary has {len(weight)}")
     return weight.detach()[torch.tensor(ids, device=weight.device)]
+
+
+def sampled_embeddings(model: Any, count: int) -> Tensor:
+    """The model's embeddings (count, hidden_size) of tokens drawn from its first 5,000, each at most once while they last."""
+    weight = model.model.embed_tokens.weight.detach()
+    ids = torch.randperm(min(MOST_COMMON, len(weight)))
+    return weight[ids.repeat(count // len(ids) + 1)[:count].to(weight.device)]
 
 
 class VirtualTokens(nn.Module):
