@@ -8,7 +8,7 @@ EXTRAS ?= test,bench
 CONSTRAINTS := $(if $(shell command -v nvidia-smi rocm-smi 2>/dev/null),,-c constraints.txt)
 comma  := ,
 STAMP  := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
-PYTEST := PYTHONSAFEPATH=1 TRITON_DEFAULT_FP_FUSION=0 $(BIN)/pytest -q
+PYTEST := PYTHONSAFEPATH=1 TRITON_DEFAULT_FP_FUSION=1 $(BIN)/pytest -q
 # `make test-triton VERSION=3.6`, of triton 3.6 to 3.9. AOT=0 compiles each kernel once, 1 every setting, 2 every pair of settings,
 # "all" everything; TARGETS="sm_80 or gfx942" names targets.
 VERSION ?= 3.6
