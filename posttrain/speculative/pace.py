@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict, deque
-from statistics import median
+from statistics import median_low
 
 from .planner import expected_tokens
 from .report import Report
@@ -20,7 +20,7 @@ clock = time.perf_counter
 MARGIN = 0.03  # of the passes that plain decoding takes, up to AHEAD tokens from now
 PROMPT_MARGIN = 0.02  # of the time that plain decoding would take, to let the drafter read the prompts
 AHEAD = 64
-REMEMBERED = 9  # times of a kind, of which the median counts
+REMEMBERED = 9  # times of a kind, of which the (lower) median counts: what interrupts a machine only adds
 FORGETTING = 0.95  # of the acceptance counts, a step: with twenty in mind, chance seldom switches off drafts that pay a little
 PRIOR = (2.0, 3.0)  # accepted of examined, before anything is known
 FIRST_REST, LONGEST_REST = 8, 256  # passes without a draft after drafting did not pay
@@ -45,7 +45,7 @@ class _Times:
     def at(self, size: int) -> float:
         known, least = {}, float("inf")
         for larger in sorted(self.seconds, reverse=True):  # more takes no less: what was timed in a slow moment is put right
-            known[larger] = least = min(least, median(self.seconds[larger]))
+            known[larger] = least = min(least, median_low(self.seconds[larger]))
         if size in known:
             return known[size]
         below, above = max((s for s in known if s < size), default=None), min((s for s in known if s > size), default=None)
