@@ -15,11 +15,12 @@ VERSION ?= 3.6
 OTHER  := $(abspath $(VENV))/triton-$(VERSION)
 AOT    ?= 1
 TARGETS ?= sm or gfx
+DRAFTS := $(addprefix benchmarks/results/drafts/,draft/model medusa/heads eagle/heads)
 # set to "not real" where the model and the data must not be downloaded
 REAL   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-gpu test-triton lint aot counters bench wheel clean
+.PHONY: help install quickstart test test-gpu test-triton lint aot counters drafts bench wheel clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:[^#]*##/\t/' | expand -t 14
@@ -58,8 +59,15 @@ aot: $(STAMP)    ## registers, spills, shared memory, occupancy, load width, byt
 counters: $(STAMP) ## instructions and bytes of each kernel beside its peers', in the emulator (needs gpuemu)
 	PYTHONSAFEPATH=1 $(BIN)/python benchmarks/counters.py
 
+drafts: $(DRAFTS) ## a small model and heads that draft for SmolLM2-135M, trained once for the benchmark (half an hour)
+
+$(DRAFTS): | $(STAMP)
+	$(BIN)/posttrain speculative train-draft --kind $(word 4,$(subst /, ,$@)) --model smollm2-135m --output $(@D) --resume \
+		--data benchmarks/results/drafts/continuations.jsonl --own-prompts 320 --reviews 160 --max-new-tokens 128
+
 bench:           ## every operation and method beside its peers, on this machine
 	$(MAKE) install EXTRAS=test,bench,peers
+	$(MAKE) drafts
 	for file in benchmarks/bench_*.py; do PYTHONSAFEPATH=1 $(BIN)/python $$file || exit 1; done
 
 lint: $(STAMP)   ## ruff and mypy

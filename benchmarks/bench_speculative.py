@@ -7,6 +7,8 @@ follows differs; a first difference must be such a tie, the two logits no farthe
     python benchmarks/bench_speculative.py [--quantize nf4] [--draft PATH] [--medusa PATH] [--eagle PATH] [--tokens 64] [--rounds 1]
         [--cpu-time] [--threads 2] [--json FILE]
 
+Drafts that are not named are those that `make drafts` trained for SmolLM2-135M, if it did.
+
 tokens/pass: tokens a pass of the target yields. alpha: accepted of examined drafts. Speedups: seconds of plain decoding, ours and
 transformers', over the contender's in the same round, summed over a kind's prompts; the median of the rounds, and their range.
 --cpu-time takes processor time of one thread: fairer on a machine that other processes share.
@@ -35,6 +37,7 @@ from posttrain.speculative.report import Report
 sys.path.append(str(Path(__file__).parent))  # PYTHONSAFEPATH leaves it out
 from speculative_prompts import PROMPTS
 
+DRAFTS = {"draft": "draft/model", "medusa": "medusa/heads", "eagle": "eagle/heads"}  # where `make drafts` leaves them
 WIDTHS = (1, 2, 3, 4, 5, 6, 8, 9, 12, 16)
 clock = time.perf_counter
 
@@ -70,7 +73,7 @@ def contenders(model: CausalLM, tokenizer: Tokenizer, path: Path, options: argpa
     found: dict[str, Callable] = {"ours plain": lambda prompt, count: (generate(model, [prompt], count)[0], None)}
     found["ours ngram"] = ours(make_drafter("ngram", model, tokenizer))
     found["ours lookahead"] = ours(make_drafter("lookahead", model, tokenizer))
-    for kind in ("draft", "medusa", "eagle"):
+    for kind in DRAFTS:
         if folder := getattr(options, kind):
             found[f"ours {kind}"] = ours(make_drafter(kind, model, tokenizer, folder, any_base=True))
     if importlib.util.find_spec("transformers") and not options.quantize:
@@ -197,8 +200,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="a Hugging Face directory (default: SmolLM2-135M-Instruct, fetched)")
     parser.add_argument("--quantize", choices=("nf4", "fp4"))
-    for kind in ("draft", "medusa", "eagle"):
-        parser.add_argument(f"--{kind}", type=Path, help="what `posttrain speculative train-draft` made")
+    for kind in DRAFTS:
+        parser.add_argument(f"--{kind}", type=Path, metavar="FOLDER", help="what `posttrain speculative train-draft` made")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
@@ -216,6 +219,10 @@ def main() -> None:
         from posttrain.fetch import fetch
 
         path = fetch("smollm2-135m")
+        for kind, place in DRAFTS.items():
+            folder = Path(__file__).parent / "results" / "drafts" / place
+            if getattr(options, kind) is None and folder.is_dir():
+                setattr(options, kind, folder)
     model, tokenizer = load(path, quantize=options.quantize), Tokenizer.load(path)
     costs = pass_costs(model)
     print(f"{path.name}, {options.quantize or 'bf16'}, {options.threads} threads, {options.tokens} tokens a prompt")
