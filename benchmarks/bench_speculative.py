@@ -38,7 +38,7 @@ sys.path.append(str(Path(__file__).parent))  # PYTHONSAFEPATH leaves it out
 from speculative_prompts import PROMPTS
 
 DRAFTS = {"draft": "draft/model", "medusa": "medusa/heads", "eagle": "eagle/heads"}  # where `make drafts` leaves them
-WIDTHS = (1, 2, 3, 4, 5, 6, 8, 9, 12, 16)
+WIDTHS = (1, 2, 3, 4, 5, 6, 8, 9, 12, 16, 17)
 clock = time.perf_counter
 
 

@@ -24,7 +24,7 @@ from .vocabulary import match
 
 TRAINED = ("draft", "medusa", "eagle")
 KINDS = (*TRAINED, "ngram", "lookahead")
-# of a tree: 16 rows with the root, a matrix unit's tile. SmolLM2's pass over 16 takes 1.07 of one over one, over 17 it takes 1.3.
+# of a tree: 16 rows with the root, a matrix unit's tile. A pass over 17 rows takes a second one (bench_speculative.py prints v).
 NODES = 15
 
 
