@@ -4,8 +4,9 @@
 
 #include "amx_many.h"
 
-/* Of x and dY in dA and dB: whole lines of them side by side, and as many rows as the second-level cache holds packed. */
-enum { PANELS_AT_A_TIME = 4, BLOCKS_AT_A_TIME = 8 };
+/* Of x and dY in dA and dB: rows of a kilobyte, where that leaves each thread a unit or two, and as many as the second-level cache holds
+ * packed. */
+enum { FEWEST_PANELS = 4, MOST_PANELS = 16, BLOCKS_AT_A_TIME = 4 };
 
 static factor rows_of_dy(const many_rows_job *j, int64_t i) {
     const many_rows_layer *l = &j->args->layer[i];
@@ -130,25 +131,42 @@ static void sum_columns(const many_rows_job *j, const uint16_t *turned, int64_t 
 /* 32 columns of dA, or 32 rows of dB, of the layer i; `sums` are of the rank steps from `step` on. */
 static void write_gradient(const many_rows_job *j, int64_t i, int64_t step, const float *sums, int64_t at, int64_t count, int of_x) {
     const many_rows_layer *l = &j->args->layer[i];
-    for (int64_t r = 0; r < l->r; r++) {
-        const int64_t rank = j->first_rank[i] + r - step * BLOCK;
-        const float *from = sums + rank / BLOCK * SUMS + rank % BLOCK / 16 * 512 + rank % 16 * 16;
-        for (int64_t c = 0; c < count; c++) {
-            const float value = from[c / 16 * 256 + c % 16];
-            if (of_x) l->dA[r * j->args->K + at + c] = value;
-            else l->dB[(at + c) * l->r + r] = value;
+    const int64_t first = j->first_rank[i] - step * BLOCK; /* among the ranks of `sums` */
+    for (int64_t rank = first / 16 * 16; rank < first + l->r; rank += 16) { /* tiles that hold some of the layer's */
+        const int64_t from = rank < first ? first - rank : 0, to = at_most(first + l->r - rank, 16);
+        for (int half = 0; half < 2; half++) {
+            const float *tile = sums + rank / BLOCK * SUMS + rank % BLOCK / 16 * 512 + half * 256;
+            const int64_t column = at + 16 * half, columns = at_most(count - 16 * half, 16);
+            if (of_x) {
+                const __mmask16 kept = (__mmask16)first_words(columns);
+                for (int64_t r = from; r < to; r++)
+                    _mm512_mask_storeu_ps(l->dA + (rank + r - first) * j->args->K + column, kept, _mm512_load_ps(tile + 16 * r));
+                continue;
+            }
+            __m512 of_column[16];
+            transpose16(tile, 16, of_column);
+            for (int64_t c = 0; c < columns; c++) {
+                const __m512 ranks = _mm512_maskz_compress_ps((__mmask16)(0xffff << from), of_column[c]);
+                _mm512_mask_storeu_ps(l->dB + (column + c) * l->r + rank + from - first, (__mmask16)first_words(to - from), ranks);
+            }
         }
     }
+}
+
+/* Of a factor with so many. */
+static int64_t panels_of_a_unit(const many_rows_job *j, int64_t panels) {
+    const int64_t share = ceil_div(panels, 2 * j->args->threads);
+    return at_most(share > FEWEST_PANELS ? share : FEWEST_PANELS, MOST_PANELS);
 }
 
 /* The unit's panels: `count` of layer i's dY from `panel` on, or of x (i = -1). Returns 0 past the last unit. */
 static int panels_of_unit(const many_rows_job *j, int64_t unit, int64_t *i, int64_t *panel, int64_t *count) {
     for (*i = -1; *i < j->args->layers; ++*i) {
         const int64_t panels = *i < 0 ? j->k_steps : j->first_panel[*i + 1] - j->first_panel[*i];
-        const int64_t units = ceil_div(panels, PANELS_AT_A_TIME);
+        const int64_t most = panels_of_a_unit(j, panels), units = ceil_div(panels, most);
         if (unit < units) {
-            *panel = unit * PANELS_AT_A_TIME;
-            *count = at_most(panels - *panel, PANELS_AT_A_TIME);
+            *panel = unit * most;
+            *count = at_most(panels - *panel, most);
             return 1;
         }
         unit -= units;
@@ -161,15 +179,15 @@ static void adapter_task(void *context, int64_t thread, int64_t threads) {
     (void)thread, (void)threads;
     many_rows_job *j = context;
     const many_rows_args *a = j->args;
-    const int64_t E = j->all_rank_steps, room = PANELS_AT_A_TIME * BLOCKS_AT_A_TIME * STEP;
-    uint16_t *right = scratch(1, room * sizeof(uint16_t) + PANELS_AT_A_TIME * E * SUMS * sizeof(float));
+    const int64_t E = j->all_rank_steps, room = MOST_PANELS * BLOCKS_AT_A_TIME * STEP;
+    uint16_t *right = scratch(1, room * sizeof(uint16_t) + MOST_PANELS * E * SUMS * sizeof(float));
     if (!right) {
         j->failed = 1;
         return;
     }
     float *sums = (float *)(right + room);
     const factor x = {.values = a->dropped, .stride = a->K, .rows = a->M, .columns = a->K};
-    memset(sums, 0, PANELS_AT_A_TIME * E * SUMS * sizeof(float)); /* what no rows add up to */
+    memset(sums, 0, MOST_PANELS * E * SUMS * sizeof(float)); /* what no rows add up to */
     configure_tiles(16, 16);
     for (int64_t own, panel, panels; panels_of_unit(j, take_unit(&j->next), &own, &panel, &panels);) {
         const int of_x = own < 0;

@@ -125,14 +125,15 @@ static factor rows_of_A(const many_rows_job *j, int64_t panel, int64_t k, int64_
 /* 32 rows n of a layer's B (N, r), their ranks at their places among those of `panel`: out (32, 32). */
 static factor rows_of_B(const many_rows_job *j, int64_t i, int64_t n, int64_t panel, uint16_t *out) {
     const many_rows_layer *l = &j->args->layer[i];
+    const int64_t place = j->first_rank[i] - panel * BLOCK, at = place > 0 ? place : 0, r = at - place;
+    const int64_t count = at_most(l->r - r, BLOCK - at), rows = count > 0 ? at_most(l->N - n, BLOCK) : 0;
     memset(out, 0, BLOCK * BLOCK * sizeof *out);
-    for (int64_t row = 0; row < BLOCK && n + row < l->N; row++)
-        for (int64_t r = 0; r < l->r; r++) {
-            int64_t at = j->first_rank[i] + r - panel * BLOCK;
-            const int64_t from = (n + row) * l->r + r;
-            if (at < 0 || at >= BLOCK) continue;
-            out[row * BLOCK + at] = l->factors == FLOAT32 ? float_to_bf16(((const float *)l->B)[from]) : ((const uint16_t *)l->B)[from];
-        }
+    for (int64_t row = 0; row < rows; row++) {
+        const int64_t from = (n + row) * l->r + r;
+        uint16_t *to = out + row * BLOCK + at;
+        if (l->factors == FLOAT32) isa_avx512.narrow((const float *)l->B + from, BFLOAT16, count, to);
+        else memcpy(to, (const uint16_t *)l->B + from, count * sizeof *out);
+    }
     return (factor){.values = out, .stride = BLOCK, .rows = BLOCK, .columns = BLOCK};
 }
 
