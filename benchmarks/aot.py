@@ -12,14 +12,17 @@ Fails when a kernel spills registers or wants more shared memory than a program 
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import multiprocessing
 import os
 import re
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from posttrain.kernels import _aot
@@ -48,9 +51,13 @@ def least_bytes(name: str) -> float:
     return n / 2 + absmax + int(rows[1]) * (K + N) * size if rows else math.nan
 
 
-def _reports(target: str, text: str, worker: int, workers: int) -> list[_aot.Report]:
-    chosen = [v for v in _aot.variants() if _aot.applies(v, target) and text in v.name]
-    return [_aot.report(v, target) for v in chosen[worker::workers]]
+@functools.cache
+def _chosen(target: str, text: str) -> list[_aot.Variant]:
+    return [v for v in _aot.variants() if _aot.applies(v, target) and text in v.name]
+
+
+def _report(target: str, text: str, i: int) -> _aot.Report:
+    return _aot.report(_chosen(target, text)[i], target)
 
 
 def _widest(widths: dict[int, int]) -> str:
@@ -78,12 +85,12 @@ def main() -> None:
     parser.add_argument("--target", choices=list(_aot.TARGETS), help="only this target")
     args = parser.parse_args()
     console = Console(width=170 if not sys.stdout.isatty() else None)
-    workers = os.cpu_count() or 1
     faults = []
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
         for target in [args.target] if args.target else _aot.TARGETS:
-            parts = [pool.submit(_reports, target, args.text, w, workers) for w in range(workers)]
-            reports = [r for part in parts for r in part.result()]
+            count = len(_chosen(target, args.text))
+            reports = pool.map(partial(_report, target, args.text), range(count))
+            reports = list(track(reports, f"compiling for {target}", count, console=Console(stderr=True)))
             console.print(table(target, reports))
             faults += [r for r in reports if r.spills or r.shared > _aot.TARGETS[target].shared_bytes]
     console.print("Bounds are bytes over the data sheet's bandwidth: a limit, not a measurement. Nothing ran on a GPU.")
