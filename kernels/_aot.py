@@ -86,7 +86,8 @@ def variants() -> Iterator[Variant]:
                 for variant in found():
                     yield replace(variant, unaligned=())
                     if variant.unaligned:
-                        yield replace(variant, name=f"{variant.name}_unaligned")
+                        options = variant.options | variant.unaligned_options
+                        yield replace(variant, name=f"{variant.name}_unaligned", options=options)
 
 
 def covering(chosen: Sequence[Variant], strength: int = 2) -> list[Variant]:

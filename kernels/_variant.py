@@ -12,9 +12,9 @@ class Variant:
 
     Every pointer is taken to be aligned to 16 bytes, as torch allocates; an integer that is a multiple of 16 is written
     "i32:16", as triton specialises on it at launch. `unaligned` names those of them that callers may also give otherwise: the
-    variant is then compiled a second time without these promises, as `name`_unaligned. `backends` names the compilers that
-    can be asked for this variant; `archs` the only architectures (80, 90, "gfx942", ...) it is launched on, where that is
-    not all of them.
+    variant is then compiled a second time without these promises, as `name`_unaligned, with `unaligned_options` where those differ.
+    `backends` names the compilers that can be asked for this variant; `archs` the only architectures (80, 90, "gfx942", ...) it is
+    launched on, where that is not all of them.
     """
 
     name: str
@@ -27,3 +27,4 @@ class Variant:
     backends: tuple[str, ...] = ("cuda", "hip")
     archs: tuple[int | str, ...] = ()
     unaligned: tuple[str, ...] = ()
+    unaligned_options: dict[str, Any] = field(default_factory=dict)
