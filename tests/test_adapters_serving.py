@@ -16,6 +16,8 @@ from posttrain.adapters.serving import MultiLoraLinear
 from posttrain.errors import PosttrainError
 from posttrain.model import generate, load
 from posttrain.quantized import quantize_model
+from posttrain.speculative import engine
+from posttrain.speculative.ngram import NgramDrafter
 
 CONFIGS = {
     "all": LoraConfig(r=8, lora_alpha=16, init_lora_weights=False),
@@ -101,21 +103,24 @@ def test_rows_that_end_leave_the_others_their_adapters(folders):
     assert generate(serve(folders), prompts, 16, stop_ids=stop, adapter_ids=names) == cut
 
 
-def test_a_swap_in_the_middle_changes_that_adapter_alone(folders):
-    """ "all" is replaced by "newer" after four tokens: its own request goes on differently, the others as before."""
+def test_a_swap_in_the_middle_is_for_the_requests_that_follow(folders):
+    """ "all" is replaced by "newer" after four tokens: what is under way ends as it began; the old weights' place is used again."""
     model, seen = serve(folders), []
 
     def swap(row, token):
         seen.append(row)
         if seen.count(0) == 4 and row == 0:
             serving.replace(model, "all", folders["newer"])
+            assert generate(model, [[5]], 12, adapter_ids=["all"]) == alone(folders, "newer", [[5]], count=12)
 
     prompts, names = [[5], [5], [5]], ["all", "small", None]
     swapped = generate(model, prompts, 12, on_token=swap, adapter_ids=names)
-    before = [alone(folders, name, [[5]], count=12)[0] for name in names]
-    assert swapped[1:] == before[1:]
-    assert swapped[0][:4] == before[0][:4] and swapped[0] != before[0]
-    assert generate(model, [[5]], 12, adapter_ids=["all"]) == alone(folders, "newer", [[5]], count=12)
+    assert swapped == [alone(folders, name, [[5]], count=12)[0] for name in names]
+    assert swapped[0] != alone(folders, "newer", [[5]], count=12)[0]
+    for name in ("late", "newer", "all"):
+        serving.replace(model, "all", folders[name])
+        assert generate(model, [[5]], 12, adapter_ids=["all"]) == alone(folders, name, [[5]], count=12)
+    assert model.served_adapters.free_id() == 0  # where the first weights were
 
 
 def test_adapters_come_while_others_generate(folders):
@@ -157,9 +162,10 @@ def test_the_last_one_gives_the_layers_back(folders):
 def test_factors_take_the_models_dtype_and_scaling_stays_in_float32(folders):
     model = serve(folders).bfloat16()
     layer = model.model.layers[0].self_attn.q_proj
-    assert layer.lora_A.dtype == layer.lora_B.dtype == torch.bfloat16 and layer.scaling.dtype == torch.float32
-    assert layer.ranks.tolist() == [8, 3, 12, 0] and layer.lora_A.shape == (4, 16, 64)
-    assert layer.scaling.tolist() == [2.0, 4.0, torch.tensor(8 / 12**0.5).item(), 0.0]
+    stack = layer.stack
+    assert stack.lora_A.dtype == stack.lora_B.dtype == torch.bfloat16 and stack.scaling.dtype == torch.float32
+    assert stack.ranks.tolist() == [8, 3, 12, 0] and stack.lora_A.shape == (4, 16, 64)
+    assert stack.scaling.tolist() == [2.0, 4.0, torch.tensor(8 / 12**0.5).item(), 0.0]
     assert len(generate(model, PROMPTS, 4, adapter_ids=REQUESTS)[0]) == 4
 
 
@@ -175,6 +181,47 @@ def test_two_threads_do_not_mix_their_requests(folders):
     assert results == {name: alone(folders, name, [[5]]) for name in ("all", "small")}
 
 
+@pytest.mark.parametrize("quantized", (False, True))
+@pytest.mark.parametrize("swap", ("replace", "load"))
+def test_other_threads_requests_do_not_notice_a_swap(folders, swap, quantized):
+    """Room grows in ids and in ranks while two threads generate with an adapter that nobody touches."""
+    model, expected = serve(folders, ["late", "small"], quantized), alone(folders, "late", [[5]], quantized)
+    results, errors, stop = [], [], threading.Event()
+
+    def run():
+        while not stop.is_set():
+            try:
+                results.append(generate(model, [[5]], 10, adapter_ids=["late"]))
+            except (IndexError, ValueError, RuntimeError) as error:
+                errors.append(error)
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    [thread.start() for thread in threads]
+    for i in range(6):
+        if swap == "replace":
+            serving.replace(model, "small", folders[("all", "patterned", "small")[i % 3]])
+        else:
+            serving.load(model, f"{i}", folders[("patterned", "all")[i % 2]])
+    stop.set()
+    [thread.join() for thread in threads]
+    assert not errors and results and all(result == expected for result in results)
+
+
+def test_an_adapter_that_comes_while_another_thread_generates_is_used(folders):
+    """In 4 bits that generation had fused projections which the new adapter changes."""
+    model, results = serve(folders, ["late"], quantized=True), []
+
+    def arrive(row, token):
+        if serving.names(model) == ["late"]:
+            serving.load(model, "all", folders["all"])
+            thread = threading.Thread(target=lambda: results.append(generate(model, [[5]], 10, adapter_ids=["all"])))
+            thread.start()
+            thread.join()
+
+    generate(model, [[5]], 4, on_token=arrive, adapter_ids=["late"])
+    assert results == [alone(folders, "all", [[5]], quantized=True)]
+
+
 def test_an_adapter_in_use_is_not_removed(folders):
     model, errors = serve(folders), []
 
@@ -185,6 +232,7 @@ def test_an_adapter_in_use_is_not_removed(folders):
             errors.append(str(error))
 
     generate(model, [[5]], 1, on_token=try_to_remove, adapter_ids=["all"])
+    generate(model, [[5]], 1, on_token=lambda *_: serving.replace(model, "all", folders["newer"]), adapter_ids=["all"])
     assert len(errors) == 1 and "'all' is in use by a generation" in errors[0]
     serving.remove(model, "all")
 
@@ -205,6 +253,29 @@ def test_wrong_names_are_errors_never_the_base(folders, ids, message):
     with pytest.raises(ValueError, match=message):
         generate(model, [[1], [2]], 2, adapter_ids=ids)
     assert generate(model, [[5]], 10, adapter_ids=["all"]) == alone(folders, "all", [[5]])
+
+
+@pytest.mark.parametrize(("prompts", "count"), [([[5]], 0), ([], 3)])
+def test_a_wrong_name_is_an_error_where_there_is_nothing_to_generate(folders, prompts, count):
+    model = serve(folders, ["all"])
+    for run in (generate, lambda *args, **options: engine.generate(*args, NgramDrafter(), **options)):
+        with pytest.raises(ValueError, match="'nobody' is served|expected a list of 0"):
+            run(model, prompts, count, adapter_ids=["nobody"])
+
+
+def test_a_name_is_text(folders):
+    model = make_model()
+    _unchanged(model, lambda: serving.load(model, None, folders["all"]), TypeError, "name is None; expected text")
+
+
+def test_a_model_that_serves_takes_no_attached_adapter(folders):
+    model = serve(folders, ["all", "small"])
+    for act in (
+        lambda: adapters.attach(model, LoraConfig(r=2)),
+        lambda: adapters.attach(model, adapters.PromptTuningConfig(num_virtual_tokens=2)),
+        lambda: adapters.load_adapter(model, folders["late"]),
+    ):
+        _unchanged(model, act, ValueError, r"the model serves adapters \(all, small\), and none can be attached")
 
 
 def test_a_model_that_serves_nothing_refuses_names(folders):

@@ -111,6 +111,9 @@ def _not_merged(model: nn.Module) -> None:
 
 def _check_new(model: nn.Module, config: Any, name: str) -> None:
     method, present = _method(config), _method_of(model)
+    if "served_adapters" in model.__dict__:
+        served = ", ".join(model.__dict__["served_adapters"].ids)
+        raise ValueError(f"the model serves adapters ({served}), and none can be attached beside; serving.remove those first")
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ParameterDict(), name):
         raise ValueError(
             f"{name!r} cannot name an adapter; use letters, digits, '_' and '-', and no name of a module's own, such as 'train'"

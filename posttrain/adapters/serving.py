@@ -7,7 +7,8 @@
 A layer that some adapter changes keeps all adapters' factors in two stacks, (n, r, in) and (n, out, r), and computes the whole
 batch by one `multi_lora_linear` (kernels/multi_lora_linear.py). An adapter has the same id in all layers, and in those that it
 leaves alone the rank 0; ranks may differ, an adapter costs what its own rank costs. Adapters come and go, and are replaced by
-newer weights under their name, while others generate. Nothing trains here: a model either serves adapters or has some attached.
+newer weights under their name, while others generate, in this thread or in another: what a request under way reads is not written
+to. Nothing trains here: a model either serves adapters or has some attached.
 
 The factors are kept in the base's dtype: that is what they are multiplied in.
 """
@@ -19,13 +20,14 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from posttrain.errors import PosttrainError
 from posttrain.kernels import AdapterSegments, segment_rows
+from posttrain.model.fused import layers_change
 from posttrain.quantized import QuantizedLinear
 
 from . import lora
@@ -57,16 +59,18 @@ class Batch(threading.local):
         return self._sorted[key]
 
 
+class Stack(NamedTuple):
+    """The factors of all adapters in a layer, read and replaced as one, since their sizes belong together."""
+
+    lora_A: Tensor  # (n, r, in)
+    lora_B: Tensor  # (n, out, r)
+    scaling: Tensor  # float32 (n,)
+    ranks: Tensor  # int32 (n,), 0 where an adapter has no update here
+
+
 class MultiLoraLinear(nn.Module):
-    """A frozen linear layer and the stacked factors of the adapters that are served: A (n, r, in), B (n, out, r).
-
-    Slot i belongs to the adapter of id i; ranks[i] is 0 where it has no update here. `batch` says who uses which.
-    """
-
-    lora_A: Tensor
-    lora_B: Tensor
-    scaling: Tensor
-    ranks: Tensor
+    """A frozen linear layer and the stacked factors of the adapters that are served; slot i is the adapter's of id i. `batch` says
+    who uses which."""
 
     def __init__(self, base_layer: nn.Linear | QuantizedLinear, batch: Batch):
         super().__init__()
@@ -74,55 +78,49 @@ class MultiLoraLinear(nn.Module):
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
         self.batch = batch
         weight = base_layer.weight
-        device = weight.device if isinstance(weight, Tensor) else weight.packed.device
-        shapes = {"lora_A": (0, 0, self.in_features), "lora_B": (0, self.out_features, 0)}
-        for name, shape in shapes.items():
-            self.register_buffer(name, torch.zeros(shape, dtype=weight.dtype, device=device), persistent=False)
-        self.register_buffer("scaling", torch.zeros(0, device=device), persistent=False)
-        self.register_buffer("ranks", torch.zeros(0, dtype=torch.int32, device=device), persistent=False)
+        like = torch.empty(0, dtype=weight.dtype, device=weight.device if isinstance(weight, Tensor) else weight.packed.device)
+        A, B = like.new_zeros(0, 0, self.in_features), like.new_zeros(0, self.out_features, 0)
+        self.stack = Stack(A, B, like.new_zeros(0, dtype=torch.float32), like.new_zeros(0, dtype=torch.int32))
 
     def grow(self, n: int, r: int) -> None:
-        """Make room for n adapters of ranks up to r, keeping what is there. The new tensors take the old ones' place whole."""
-        n, r = max(n, len(self.ranks)), max(-(-r // _ROOM) * _ROOM, self.lora_A.shape[1])
-        if (n, r) == tuple(self.lora_A.shape[:2]):
-            return
-        for name, shape in {
-            "lora_A": (n, r, self.in_features), "lora_B": (n, self.out_features, r), "scaling": (n,), "ranks": (n,)
-        }.items():  # fmt: skip
-            old = getattr(self, name)
-            new = old.new_zeros(shape)
-            new[tuple(slice(size) for size in old.shape)] = old
-            setattr(self, name, new)
+        """Make room for n adapters of ranks up to r, keeping what is there. The new stack takes the old one's place whole."""
+        old = self.stack
+        n, r = max(n, len(old.ranks)), max(-(-r // _ROOM) * _ROOM, old.lora_A.shape[1])
+        if (n, r) != old.lora_A.shape[:2]:
+            shapes = (n, r, self.in_features), (n, self.out_features, r), (n,), (n,)
+            new = Stack(*(tensor.new_zeros(shape) for tensor, shape in zip(old, shapes, strict=True)))
+            for tensor, kept in zip(new, old, strict=True):
+                tensor[tuple(slice(size) for size in kept.shape)] = kept
+            self.stack = new
 
     def put(self, i: int, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:
-        """Write adapter i: lora_A (r, in), lora_B (out, r), r within the room there is."""
+        """Write slot i, which no request may be using: lora_A (r, in), lora_B (out, r), r within the room there is."""
         r = lora_A.shape[0]
-        self.lora_A[i, :r] = lora_A
-        self.lora_B[i, :, :r] = lora_B
-        self.scaling[i], self.ranks[i] = scaling, r
+        self.stack.lora_A[i, :r] = lora_A
+        self.stack.lora_B[i, :, :r] = lora_B
+        self.stack.scaling[i], self.stack.ranks[i] = scaling, r
 
     def forward(self, x: Tensor) -> Tensor:
         if self.batch.ids is None:
             return self.base_layer(x)
-        n = len(self.ranks)
-        ids, order, tiles, *_ = self.batch.segments(n, x.numel() // self.in_features)
+        stack = self.stack  # once: another thread may put a larger one in its place
+        ids, order, tiles, *_ = self.batch.segments(len(stack.ranks), x.numel() // self.in_features)
         base, bias = self.base_layer, self.base_layer.bias
         shape = (self.out_features, self.in_features)
         weight: Any = base.weight
         tensors, form = ((weight, None, None, None, 0), (0, "none")) if isinstance(weight, Tensor) else _packed(weight)
-        adapters = (self.lora_A, self.lora_B, self.scaling, self.ranks, ids, order, tiles)
-        return _multi_lora_linear(x, *tensors, *adapters, bias, *shape, *form)
+        return _multi_lora_linear(x, *tensors, *stack, ids, order, tiles, bias, *shape, *form)
 
     def _apply(self, fn, recurse=True):
         """Devices apply to everything, dtypes to the factors alone."""
-        scaling = self.scaling
         super()._apply(fn, recurse)
-        self.scaling = scaling.to(self.scaling.device)  # float32 whatever the factors are
+        A, B = fn(self.stack.lora_A), fn(self.stack.lora_B)
+        self.stack = Stack(A, B, self.stack.scaling.to(A.device), self.stack.ranks.to(A.device))
         self.batch.set(self.batch.ids)
         return self
 
     def extra_repr(self) -> str:
-        return f"adapters={len(self.ranks)}, rank<={self.lora_A.shape[1]}"
+        return f"adapters={len(self.stack.ranks)}, rank<={self.stack.lora_A.shape[1]}"
 
 
 def _packed(weight: Any) -> tuple[tuple, tuple]:
@@ -147,14 +145,21 @@ class _Bare(nn.Module):
 
 
 class Served:
-    """A model's served adapters: their ids by name, the layers they change, and which of them are in use."""
+    """A model's served adapters: their ids by name, the layers they change, and the names and ids that requests under way use.
+
+    An id is free once no name and no request has it. `layers_change` is held while any of this is read and changed.
+    """
 
     def __init__(self, model: nn.Module):
         self.bare, self.batch = _Bare(model), Batch()
         self.ids: dict[str, int] = {}
         self.layers: dict[str, MultiLoraLinear] = {}
-        self.in_use: Counter[str] = Counter()
+        self.in_use: Counter[tuple[str, int]] = Counter()
         self.capacity = 0
+
+    def free_id(self) -> int:
+        taken = {*self.ids.values(), *(i for _, i in self.in_use)}
+        return next(i for i in range(len(taken) + 1) if i not in taken)
 
     def id_of(self, name: str) -> int:
         if name not in self.ids:
@@ -166,16 +171,18 @@ class Served:
         """While open, request i of the batch uses the adapter adapter_ids[i], None the base alone."""
         if isinstance(adapter_ids, str) or len(adapter_ids) != count:
             raise ValueError(f"adapter_ids is {adapter_ids!r}; expected a list of {count}, a name or None for each prompt")
-        names = [name for name in adapter_ids if name is not None]
-        ids = torch.tensor([-1 if name is None else self.id_of(name) for name in adapter_ids], device=device)
+        with layers_change:
+            used = Counter((name, self.id_of(name)) for name in adapter_ids if name is not None)
+            ids = torch.tensor([-1 if name is None else self.ids[name] for name in adapter_ids], device=device)
+            self.in_use += used
         before = self.batch.ids
-        self.in_use.update(names)
         self.batch.set(ids)
         try:
             yield self.batch
         finally:
             self.batch.set(before)
-            self.in_use.subtract(names)
+            with layers_change:
+                self.in_use -= used
 
 
 def _served(model: nn.Module) -> Served:
@@ -213,14 +220,25 @@ def _read(served: Served, path: str | os.PathLike, any_base: bool) -> dict[str, 
 @torch.no_grad()
 def _write(model: nn.Module, served: Served, i: int, factors: Mapping[str, tuple[Tensor, Tensor, float]]) -> None:
     """Put an adapter into slot i of every layer, taking what was there away."""
-    for name in factors.keys() - served.layers.keys():
-        base: Any = model.get_submodule(name)  # a linear layer: _read takes nothing else
-        served.layers[name] = layer = MultiLoraLinear(base, served.batch).train(model.training)
-        model.set_submodule(name, layer)
-    for name, layer in served.layers.items():
-        A, B, scaling = factors.get(name) or (layer.lora_A[:0].flatten(0, 1), layer.lora_B.new_empty(layer.out_features, 0), 0.0)
+    if i >= served.capacity:
+        served.capacity = max(2 * served.capacity, 1)
+    for name in sorted(factors.keys() | served.layers.keys()):
+        # a base is a linear layer: _read takes nothing else
+        layer = served.layers.get(name) or MultiLoraLinear(model.get_submodule(name), served.batch).train(model.training)  # type: ignore[arg-type]
+        A, B, scaling = factors.get(name) or (layer.stack.lora_A[:0, 0], layer.stack.lora_B[0, :, :0], 0.0)
         layer.grow(served.capacity, A.shape[0])
         layer.put(i, A, B, scaling)
+        if name not in served.layers:
+            served.layers[name] = layer
+            _place(model, name, layer)
+
+
+def _place(model: nn.Module, name: str, layer: nn.Module) -> None:
+    """Put the layer there, in place of the product that a generation under way may have fused it into."""
+    model.set_submodule(name, layer)
+    owner = model.get_submodule(name.rpartition(".")[0])
+    if "fused" in owner.__dict__:
+        owner.fused = None  # type: ignore[assignment]
 
 
 def load(model: nn.Module, name: str, path: str | os.PathLike, *, any_base: bool = False) -> None:
@@ -229,41 +247,47 @@ def load(model: nn.Module, name: str, path: str | os.PathLike, *, any_base: bool
     ValueError for a name in use or a model with attached adapters; PosttrainError where the folder holds no LoRA adapter of this
     model, or one trained on another base (any_base=True takes it all the same). The model is unchanged then.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"an adapter's name is {name!r}; expected text")
     if adapter_names(model):
         raise ValueError(f"the model has attached adapters ({', '.join(adapter_names(model))}); delete_adapter those first")
-    if name in names(model):
-        raise ValueError(f"an adapter named {name!r} is served already; give another name, or replace it")
-    served = model.__dict__.get("served_adapters") or Served(model)
-    factors = _read(served, path, any_base)
-    taken = set(served.ids.values())
-    i = next(i for i in range(len(taken) + 1) if i not in taken)
-    if i >= served.capacity:
-        served.capacity = max(2 * served.capacity, 1)
-    if "served_adapters" not in model.__dict__:
-        object.__setattr__(model, "fingerprint", served.bare.fingerprint)  # of the bare base: names of tensors change now
-        model.__dict__["served_adapters"] = served
-    _write(model, served, i, factors)
-    served.ids[name] = i
+    with layers_change:
+        if name in names(model):
+            raise ValueError(f"an adapter named {name!r} is served already; give another name, or replace it")
+        served = model.__dict__.get("served_adapters") or Served(model)
+        factors = _read(served, path, any_base)
+        if "served_adapters" not in model.__dict__:
+            object.__setattr__(model, "fingerprint", served.bare.fingerprint)  # of the bare base: names of tensors change now
+            model.__dict__["served_adapters"] = served
+        i = served.free_id()
+        _write(model, served, i, factors)
+        served.ids[name] = i
 
 
 def replace(model: nn.Module, name: str, path: str | os.PathLike, *, any_base: bool = False) -> None:
-    """Put the adapter in `path` in the place of the one served as `name`. Requests under way go on with the new weights from their
-    next token; those of other adapters do not notice. Raises as `load`, and nothing has changed then."""
-    served = _served(model)
-    i = served.id_of(name)
-    _write(model, served, i, _read(served, path, any_base))
+    """Put the adapter in `path` in the place of the one served as `name`. Requests under way end with the weights that they began
+    with, which stay in memory for as long. Raises as `load`, and nothing has changed then."""
+    with layers_change:
+        served = _served(model)
+        i = served.id_of(name)
+        factors = _read(served, path, any_base)
+        if served.in_use[name, i]:
+            i = served.free_id()
+        _write(model, served, i, factors)
+        served.ids[name] = i
 
 
 def remove(model: nn.Module, name: str) -> None:
     """Stop serving an adapter. ValueError while a generation uses it. With the last one the model gets its own layers back."""
-    served = _served(model)
-    i = served.id_of(name)
-    if served.in_use[name] > 0:
-        raise ValueError(f"the adapter {name!r} is in use by a generation; remove it when that has ended")
-    del served.ids[name]
-    if served.ids:
-        _write(model, served, i, {})
-        return
-    for layer_name, layer in served.layers.items():
-        model.set_submodule(layer_name, layer.base_layer)
-    del model.__dict__["served_adapters"]
+    with layers_change:
+        served = _served(model)
+        i = served.id_of(name)
+        if any(used == name for used, _ in served.in_use):
+            raise ValueError(f"the adapter {name!r} is in use by a generation; remove it when that has ended")
+        del served.ids[name]
+        if served.ids:
+            _write(model, served, i, {})
+            return
+        for layer_name, layer in served.layers.items():
+            _place(model, layer_name, layer.base_layer)
+        del model.__dict__["served_adapters"]

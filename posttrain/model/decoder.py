@@ -88,8 +88,9 @@ class Attention(nn.Module):
         """Queries (B, T, heads, head_dim) and keys (B, T, kv heads, head_dim), rotated, and values like the keys."""
         B, T, _ = x.shape
         heads, kv_heads = self._heads
-        if self.fused is not None:
-            qkv = self.fused(x).view(B, T, heads + 2 * kv_heads, self.head_dim)
+        fused = self.fused  # once: another thread may take it away
+        if fused is not None:
+            qkv = fused(x).view(B, T, heads + 2 * kv_heads, self.head_dim)
             if not self.qk_norm:
                 q, k = apply_rope(qkv.narrow(2, 0, heads + kv_heads), *rope).split((heads, kv_heads), 2)
                 return q, k, qkv.narrow(2, heads + kv_heads, kv_heads)
@@ -125,8 +126,9 @@ class MLP(nn.Module):
         self.fused: FusedLinear | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.fused is not None:
-            return self.down_proj(swiglu(*self.fused(x).chunk(2, -1)))
+        fused = self.fused  # once, as in Attention
+        if fused is not None:
+            return self.down_proj(swiglu(*fused(x).chunk(2, -1)))
         return self.down_proj(swiglu(*project(x, self.gate_proj, self.up_proj)))
 
 

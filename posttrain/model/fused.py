@@ -8,6 +8,7 @@ kept until the model is freed). The modules, their names and their state dict st
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from .decoder import CausalLM
 
 _quantized_linear = torch.ops.posttrain.quantized_linear.default
+# Held while a model's layers are fused, or exchanged for others: threads share the model.
+layers_change = threading.RLock()
 _PROJECTIONS = (("self_attn", ("q_proj", "k_proj", "v_proj")), ("mlp", ("gate_proj", "up_proj")))
 
 
@@ -80,23 +83,29 @@ def _fusable(layers: list[nn.Module]) -> list[QuantizedLinear]:
 def fused_projections(model: CausalLM) -> Iterator[None]:
     """While open, layers that can be fused are, and dense ones take few rows faster. What is fused is made once a model and checked
     each time; training between is unaffected."""
-    owners = []
+    owners: list[nn.Module] = []
     try:
-        for layer in model.model.layers:
-            for name, projections in _PROJECTIONS:
-                owner = getattr(layer, name)
-                layers = _fusable([getattr(owner, projection) for projection in projections])
-                if not layers:
-                    continue
-                made = owner.__dict__.get("_fused_before")
-                if made is None or not made.is_of(layers):
-                    with torch.inference_mode(False):  # the layers keep views of the buffer, and may train an adapter next
-                        made = owner.__dict__["_fused_before"] = FusedLinear(layers)
-                made.take_biases(layers)
-                owner.fused = made
-                owners.append(owner)
+        with layers_change:
+            _fuse(model, owners)
         with dense_few_rows(model):
             yield
     finally:
         for owner in owners:
-            owner.fused = None
+            owner.fused = None  # type: ignore[assignment]
+
+
+def _fuse(model: CausalLM, owners: list[nn.Module]) -> None:
+    """Set `fused` where it can be, and append whose it is to `owners`."""
+    for layer in model.model.layers:
+        for name, projections in _PROJECTIONS:
+            owner = getattr(layer, name)
+            layers = _fusable([getattr(owner, projection) for projection in projections])
+            if not layers:
+                continue
+            made = owner.__dict__.get("_fused_before")
+            if made is None or not made.is_of(layers):
+                with torch.inference_mode(False):  # the layers keep views of the buffer, and may train an adapter next
+                    made = owner.__dict__["_fused_before"] = FusedLinear(layers)
+            made.take_biases(layers)
+            owner.fused = made
+            owners.append(owner)

@@ -43,9 +43,10 @@ def generate(
     check_seed(seed)
     check_prompts(model, prompts, max_new_tokens)
     outputs: list[list[int]] = [[] for _ in prompts]
-    if not prompts or max_new_tokens == 0:
-        return outputs
     weight = model.model.embed_tokens.weight
+    if not prompts or max_new_tokens == 0:
+        with request_adapters(model, adapter_ids, len(prompts), weight.device):  # an unknown name is an error here too
+            return outputs
     longest = max(map(len, prompts))
     # Each row's adapter is its own, so with adapter_ids every prompt goes its own way.
     read = prompts if adapter_ids is not None else list(dict.fromkeys(map(tuple, prompts)))

@@ -74,12 +74,13 @@ def generate(
         raise ValueError(f"draft_length is {draft_length}; expected at least 1 token (plain decoding is posttrain.model.generate)")
     report = Report()
     outputs: list[list[int]] = [[] for _ in prompts]
+    device = model.model.embed_tokens.weight.device
     if not prompts or max_new_tokens == 0:
-        return outputs, report
+        with request_adapters(model, adapter_ids, len(prompts), device):  # an unknown name is an error here too
+            return outputs, report
     was_training = model.training
     if was_training:
         model.eval()
-    device = model.model.embed_tokens.weight.device
     try:
         with request_adapters(model, adapter_ids, len(prompts), device) as batch, fused_projections(model):
             requests = Requests(
