@@ -15,7 +15,7 @@ computed again, take 9. They go over a quarter of the queries at a time, with th
 eighths of the scores are never made and the others stay in the cache (two thirds of the time at T = 256, half at 1024).
 
 Without a mask, where the CPU engine has an attention of its own (bfloat16 on a machine with AMX), that is both passes:
-y and two numbers for each query are saved too, from which it makes p again.
+posttrain/kernels/causal_attention.py.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from posttrain.kernels.cpu import attention_engine
+from posttrain.kernels.causal_attention import causal_attention, causal_attention_takes
 
 # The backward pass holds this many scores at once; beyond it for a single group of heads, PyTorch's own takes over.
 _SCORES = 2**25
@@ -76,28 +76,11 @@ class _Attention(torch.autograd.Function):
         return dq, dk.to(k.dtype), dv.to(v.dtype), None
 
 
-class _CausalAttention(torch.autograd.Function):
-    """By the CPU engine, which takes no mask."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        y, softmax = attention_engine.forward(q, k, v)
-        ctx.save_for_backward(q, k, v, y, softmax)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor):
-        q, k, v, y, softmax = ctx.saved_tensors
-        return attention_engine.backward(q, k, v, y, softmax, dy)
-
-
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(head_dim) + mask) v, causal without a mask. Differentiable in q, k and v."""
     trained = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    if mask is None and attention_engine is not None and attention_engine.faster_than_vendor(q.shape[2], trained):
-        if attention_engine.takes(q, k, v):
-            return _CausalAttention.apply(q, k, v)
+    if mask is None and causal_attention_takes(q, k, v, trained):
+        return causal_attention(q, k, v)
     if trained and q.device.type == "cpu" and q.shape[1] * q.shape[2] * k.shape[2] <= _SCORES:
         return _Attention.apply(q, k, v, mask)
     return _forward(q, k, v, mask)
