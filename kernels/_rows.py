@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 _Given = TypeVar("_Given", Tensor, Tensor | None)
@@ -13,6 +14,12 @@ def rows_of(tensor: Tensor) -> Tensor:
     """(..., D), not empty, as (N, D) with the elements of a row beside each other; a copy only where no view can be that."""
     rows = tensor.reshape(-1, tensor.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def unflattened(y: Tensor, x: Tensor) -> Tensor:
+    """y (rows of x, N), of the op that returns it alone, as (..., N). To autograd it is no view: callers may write into it, as into
+    what F.linear returns."""
+    return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
 
 
 def contiguous(tensor: _Given) -> _Given:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from . import cpu, lora_linear_gpu
 from ._library import LIBRARY, define
+from ._rows import unflattened
 from .nf4 import DTYPES
 from .quantized_weight import QuantizedWeight
 
@@ -40,7 +41,7 @@ def _rows(x: Tensor, width: int) -> Tensor:
 def _lora_linear_cpu(x, weight, absmax, nested, offset, nested_block_size, A, B, scaling, bias, dropout, seed, N, K, *format):
     base = (weight, absmax, nested, offset, nested_block_size)
     y = cpu.lora_linear(_rows(x, K), *base, A, B, scaling, bias, dropout, seed, N, K, *format)
-    return y.view(*x.shape[:-1], N)
+    return unflattened(y, x)
 
 
 def _lora_linear_backward_cpu(
@@ -62,7 +63,7 @@ def _lora_linear_group_cpu(x, *rest):
     *stored, As, Bs, scalings, biases, dropout, seed, Ns, K, block_size, quant_type = rest
     bases, biases = _bases(*stored, block_size, quant_type), biases or [None] * len(Ns)
     ys = cpu.lora_linear_group(_rows(x, K), bases, As, Bs, scalings, biases, dropout, seed, Ns, K)
-    return [y.view(*x.shape[:-1], N) for y, N in zip(ys, Ns, strict=True)]
+    return [unflattened(y, x) for y in ys]
 
 
 def _lora_linear_group_backward_cpu(dys, x, *rest):
@@ -78,7 +79,7 @@ def _lora_linear_cuda(x, *rest):
     *base, A, B, scaling, bias, dropout, seed, N, K, block_size, quant_type = rest
     layer = lora_linear_gpu.Layer((*base, N, K, block_size, quant_type), A, B, scaling)
     (y,) = lora_linear_gpu.forward(_rows(x, K), [layer], [bias], dropout, seed)
-    return y.view(*x.shape[:-1], N)
+    return unflattened(y, x)
 
 
 def _lora_linear_group_cuda(x, *rest):
@@ -86,7 +87,7 @@ def _lora_linear_group_cuda(x, *rest):
     ys = lora_linear_gpu.forward(
         _rows(x, K), _layers(stored, As, Bs, scalings, Ns, K, block_size, quant_type), biases or [None] * len(Ns), dropout, seed
     )
-    return [y.view(*x.shape[:-1], N) for y, N in zip(ys, Ns, strict=True)]
+    return [unflattened(y, x) for y in ys]
 
 
 def _layers(stored, As, Bs, scalings, Ns, K, block_size, quant_type) -> list[lora_linear_gpu.Layer]:

@@ -34,6 +34,7 @@ from torch import Tensor
 from . import cpu
 from ._library import LIBRARY, define
 from ._multi_lora import multi_lora_add_triton
+from ._rows import unflattened
 from ._segments import segment_rows_triton
 from .cpu.pytorch_multi_lora import check_ids
 from .nf4 import DTYPES
@@ -91,7 +92,7 @@ def _multi_lora_linear_cpu(
     if ids.numel() != rows.shape[0]:
         ids = ids.repeat_interleave(rows.shape[0] // ids.numel())
     cpu.multi_lora_add(y, rows, A.contiguous(), B.contiguous(), scaling, ranks, ids)
-    return y.view(*x.shape[:-1], N)
+    return unflattened(y, x)
 
 
 def _multi_lora_linear_cuda(
@@ -108,7 +109,7 @@ def _multi_lora_linear_cuda(
         if order is None:
             order, tiles = segment_rows_triton(ids, A.shape[0], rows.shape[0])
         multi_lora_add_triton(y, rows, A.contiguous(), B.contiguous(), scaling, ranks, order, tiles)
-    return y.view(*x.shape[:-1], N)
+    return unflattened(y, x)
 
 
 define(

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from . import cpu
 from ._library import LIBRARY, define
+from ._rows import unflattened
 from .nf4 import DTYPES, dequantize_4bit_triton
 from .quantized_linear_decode import quantized_linear_decode_triton
 from .quantized_linear_gemm import quantized_linear_gemm_triton
@@ -44,7 +45,7 @@ def _dequantized(dtype, packed, absmax, nested, offset, nested_block_size, N, K,
 def _linear_cpu(x, packed, absmax, nested, offset, nested_block_size, bias, N, K, block_size, quant_type):
     rows = x.reshape(math.prod(x.shape[:-1]), K)
     y = cpu.linear_4bit(rows, packed, absmax, nested, offset, nested_block_size, bias, N, K, block_size, quant_type)
-    return y.view(*x.shape[:-1], N)
+    return unflattened(y, x)
 
 
 def _linear_dx_cpu(dy, packed, absmax, nested, offset, nested_block_size, N, K, block_size, quant_type):
@@ -57,7 +58,7 @@ def _linear_cuda(x, packed, absmax, nested, offset, nested_block_size, bias, N, 
     rows = x.reshape(math.prod(x.shape[:-1]), K)
     if rows.numel() == 0 or N == 0:  # nothing to sum
         y = x.new_zeros(rows.shape[0], N)
-        return (y if bias is None else y + bias).view(*x.shape[:-1], N)
+        return unflattened(y if bias is None else y + bias, x)
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     chosen = plan(rows.shape[0], N, K, x.dtype, current_target())
     if chosen.kernel == "dequantize" or packed.data_ptr() % 16:  # kernels read packed in pieces of 16 bytes
@@ -67,7 +68,7 @@ def _linear_cuda(x, packed, absmax, nested, offset, nested_block_size, bias, N, 
         y = _LAUNCHERS[chosen.kernel](
             rows, packed, absmax, nested, offset, nested_block_size, bias, N, K, block_size, quant_type, chosen.split_k
         )
-    return y.view(*x.shape[:-1], N)
+    return unflattened(y, x)
 
 
 def _linear_dx_cuda(dy, packed, absmax, nested, offset, nested_block_size, N, K, block_size, quant_type):

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lora_cases import SEED, case, check
 
-from posttrain.kernels import lora_linear, lora_linear_group, quantize_weight
+from posttrain.kernels import lora_linear, lora_linear_group, quantize_weight, quantized_linear
 from posttrain.reference import philox
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -226,6 +226,24 @@ def test_compiles_whole(quant_type):
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     for ours, eager in zip(*(torch.autograd.grad(f(*leaves), leaves) for f in (compiled, step)), strict=True):
         assert torch.equal(ours, eager)
+
+
+@pytest.mark.parametrize("shape", ((6,), (2, 3), ()))
+@pytest.mark.parametrize("quant_type", WEIGHTS)
+def test_the_results_may_be_written_to(quant_type, shape):
+    """As F.linear's, by a residual or an activation in place; of a group each result by itself."""
+    c = case(shape, 24, 96, 3, torch.float32, quant_type)
+    x, A, B, bias = c.leaves()
+
+    def results():
+        group = lora_linear_group(x, [(c.w, A, B, 2.0, bias), (c.w, A, B, 1.0, None)])
+        return [lora_linear(x, c.w, A, B, 2.0, bias), *group, *([] if quant_type == "none" else [quantized_linear(x, c.w)])]
+
+    for written, kept in zip(results(), results(), strict=True):
+        expected = (kept + 1).relu()
+        written += 1
+        assert torch.equal(written.relu_(), expected)
+        assert torch.equal(*(torch.autograd.grad(y.sum(), x, retain_graph=True)[0] for y in (written, expected)))
 
 
 @pytest.mark.parametrize(
