@@ -65,7 +65,7 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) in float32, float16 or bfloat16 -> (..., out_features) in the same dtype."""
         _, tensors, sizes = self._ready or self._prepare()
-        return _quantized_linear(x, *tensors, self.bias, *sizes)
+        return _quantized_linear(x, *tensors, in_dtype_of(x, self.bias), *sizes)
 
     def share_packed(self, packed: Tensor) -> None:
         """Keep the packed bytes in memory of the caller's, who has copied them there."""
@@ -92,6 +92,11 @@ class QuantizedLinear(nn.Module):
             f"bias={self.bias is not None}, quant_type={self._quant_type}, block_size={self._block_size}, "
             f"double_quant={self.nested_absmax is not None}"
         )
+
+
+def in_dtype_of(x: Tensor, bias: Tensor | None) -> Tensor | None:
+    """The bias as a product of x takes it."""
+    return bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
 
 
 def quantizable_linears(model: nn.Module, skip: Iterable[str] = ("lm_head",)) -> Iterator[tuple[str, nn.Linear]]:

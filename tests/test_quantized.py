@@ -12,6 +12,8 @@ from model_cases import random_model
 from tolerance import assert_as_accurate
 from torch import nn
 
+from posttrain.adapters.lora_linear import LoraLinear
+from posttrain.adapters.serving import Batch, MultiLoraLinear
 from posttrain.fingerprint import dense_fingerprint
 from posttrain.kernels import quantize_weight, quantized_linear
 from posttrain.quantized import QuantizedLinear, bits_per_parameter, quantize_model
@@ -36,6 +38,37 @@ def test_forward_and_gradient_are_the_kernels(n, k, rows, bias, double_quant, qu
     assert torch.equal(gradients[0][0], gradients[1][0]) and torch.equal(gradients[0][1], gradients[1][1])
     assert torch.equal(layer.weight.dequantize(), weight.dequantize())
     assert not any(parameter.requires_grad for parameter in layer.parameters())
+
+
+HALF = torch.bfloat16
+
+
+@pytest.mark.parametrize("rows", (1, 3, 80))
+@pytest.mark.parametrize(("of_bias", "of_x"), [(HALF, torch.float32), (torch.float32, HALF), (torch.float16, HALF)])
+def test_a_bias_of_another_dtype_than_x(rows, of_bias, of_x):
+    """As in bitsandbytes' layer: the bias is taken in x's dtype, by the layer and with an adapter on it."""
+    layer = QuantizedLinear.from_linear(nn.Linear(128, 64).to(of_bias))
+    x = torch.randn(rows, 128).to(of_x)
+    expected = quantized_linear(x, layer.weight, layer.bias.to(of_x))
+    assert torch.equal(layer(x), expected)
+    adapted = LoraLinear(layer)
+    adapted.add("default", {"lora_A": torch.randn(4, 128), "lora_B": torch.zeros(64, 4)})
+    adapted.active_adapter = "default"
+    assert torch.equal(adapted(x), expected)
+    served = MultiLoraLinear(layer, Batch())
+    served.grow(1, 4)
+    served.batch.set(torch.zeros(rows, dtype=torch.int64))
+    assert torch.equal(served(x), expected) or of_bias == of_x
+
+
+def test_what_the_engine_cannot_read_is_refused():
+    layer = QuantizedLinear.from_linear(nn.Linear(64, 32))
+    for x in (torch.randn(2, 64, dtype=torch.float64), torch.ones(2, 64, dtype=torch.int64)):
+        with pytest.raises(TypeError, match=f"x is {x.dtype}; expected float32, float16 or bfloat16"):
+            layer(x)
+    _, tensors, sizes = layer._prepare()
+    with pytest.raises(TypeError, match="bias is torch.float32 and x is torch.bfloat16; give both in one dtype"):
+        torch.ops.posttrain.quantized_linear(torch.randn(2, 64).to(HALF), *tensors, layer.bias, *sizes)
 
 
 @pytest.mark.parametrize("double_quant", [True, False])

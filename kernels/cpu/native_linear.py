@@ -33,8 +33,17 @@ def _dequantized(
     return out
 
 
+def _check_dtypes(x: Tensor, bias: Tensor | None) -> None:
+    """The library reads addresses: what lies there must be what it takes it for."""
+    if x.dtype not in _DTYPES:
+        raise TypeError(f"x is {x.dtype}; expected float32, float16 or bfloat16")
+    if bias is not None and bias.dtype != x.dtype:
+        raise TypeError(f"bias is {bias.dtype} and x is {x.dtype}; give both in one dtype")
+
+
 def linear_4bit(x, packed, absmax, nested_absmax, nested_offset, nested_block_size, bias, N, K, block_size, quant_type) -> Tensor:
     """x (M, K) times the weight (N, K) transposed, plus bias (N,) or None, in x's dtype: (M, N)."""
+    _check_dtypes(x, bias)
     M = x.shape[0]
     if M > (_FUSED_ROWS_AMX if _amx_takes(x.dtype, K, block_size) else _FUSED_ROWS):
         tensors = (packed, absmax, nested_absmax, nested_offset, nested_block_size)
@@ -58,6 +67,7 @@ def linear_4bit(x, packed, absmax, nested_absmax, nested_offset, nested_block_si
 
 def linear_4bit_dx(dy, packed, absmax, nested_absmax, nested_offset, nested_block_size, N, K, block_size, quant_type) -> Tensor:
     """dy (M, N) times the weight (N, K), in dy's dtype: (M, K)."""
+    _check_dtypes(dy, None)
     M = dy.shape[0]
     if M > (_FUSED_ROWS_AMX if _amx_takes(dy.dtype, K, block_size) else _FUSED_ROWS):
         tensors = (packed, absmax, nested_absmax, nested_offset, nested_block_size)
@@ -86,6 +96,7 @@ def dense_linear(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
     (M, K), N = x.shape, w.shape[0]
     if native.ISA != "amx" or x.dtype != torch.bfloat16 or not 1 <= M <= _DENSE_ROWS or N % 16 or K % 32 or not (N and K):
         return F.linear(x, w, bias)
+    _check_dtypes(x, bias)
     x, w, bias = x.contiguous(), w.contiguous(), None if bias is None else bias.contiguous()
     y = torch.empty(M, N, dtype=x.dtype)
     _check(_library.dense_linear(x.data_ptr(), M, w.data_ptr(), _address(bias), N, K, y.data_ptr(), _threads(N * K)))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.kernels import QuantizedWeight, lora_linear, lora_linear_group
-from posttrain.quantized import QuantizedLinear
+from posttrain.quantized import QuantizedLinear, in_dtype_of
 
 from .dora import dora_linear, linear, rescaling, row_squares, weight_norm
 
@@ -137,7 +137,7 @@ class LoraLinear(nn.Module):
         unchanged (in place, by autograd's count: a write through `.data` is not seen)."""
         sources = [self._table(t)[name] for t in ("lora_A", "lora_B", "lora_magnitude_vector")]
         magnitude = sources[-1]
-        if self.training or any(source.is_inference() for source in sources):
+        if self.training or torch.compiler.is_compiling() or any(source.is_inference() for source in sources):
             return rescaling(magnitude, self.norm(name, dtype))
         key = (name, dtype, *((id(source), source._version) for source in sources))
         if self._kept is None or self._kept[0] != key:
@@ -184,9 +184,7 @@ class LoraLinear(nn.Module):
         dropout = self.dropout[name] if self.training else 0.0
         if name in self._plain and not dropout:
             return self._product(x, name)
-        weight, bias = self.base_layer.weight, self.bias(name)
-        if bias is not None and bias.dtype != x.dtype:
-            bias = bias.to(x.dtype)
+        weight, bias = self.base_layer.weight, in_dtype_of(x, self.bias(name))
         if name not in self.lora_A:
             return linear(x, weight, bias)
         A, B = self.factors(name)
@@ -205,7 +203,7 @@ class LoraLinear(nn.Module):
             tensors, format = weight.tensors(), (weight.block_size, weight.quant_type)
         else:
             tensors, format = (weight, None, None, None, 0), (0, "none")
-        return _lora_linear(x, *tensors, A, B, self.scaling[name], base.bias, 0.0, 0, *sizes, *format)
+        return _lora_linear(x, *tensors, A, B, self.scaling[name], in_dtype_of(x, base.bias), 0.0, 0, *sizes, *format)
 
     @staticmethod
     def forward_group(layers: Sequence[Any], x: Tensor) -> list[Tensor] | None:

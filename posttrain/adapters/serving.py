@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from posttrain.errors import PosttrainError
 from posttrain.kernels import AdapterSegments, segment_rows
 from posttrain.model.fused import layers_change
-from posttrain.quantized import QuantizedLinear
+from posttrain.quantized import QuantizedLinear, in_dtype_of
 
 from . import lora
 from .interface import adapter_names, base_fingerprint, config_from_peft, fitting
@@ -105,7 +105,7 @@ class MultiLoraLinear(nn.Module):
             return self.base_layer(x)
         stack = self.stack  # once: another thread may put a larger one in its place
         ids, order, tiles, *_ = self.batch.segments(len(stack.ranks), x.numel() // self.in_features)
-        base, bias = self.base_layer, self.base_layer.bias
+        base, bias = self.base_layer, in_dtype_of(x, self.base_layer.bias)
         shape = (self.out_features, self.in_features)
         weight: Any = base.weight
         tensors, form = ((weight, None, None, None, 0), (0, "none")) if isinstance(weight, Tensor) else _packed(weight)

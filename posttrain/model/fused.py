@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.kernels import DoubleQuantized, QuantizedWeight, double_dequantize
-from posttrain.quantized import QuantizedLinear
+from posttrain.quantized import QuantizedLinear, in_dtype_of
 
 from .few_rows import dense_few_rows
 
@@ -50,7 +50,7 @@ class FusedLinear:
         self._bias: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        return _quantized_linear(x, *self._tensors, self._bias, *self._sizes)
+        return _quantized_linear(x, *self._tensors, in_dtype_of(x, self._bias), *self._sizes)
 
     def is_of(self, layers: list[QuantizedLinear]) -> bool:
         """Whether these layers still have the weights it was made of."""
