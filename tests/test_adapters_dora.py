@@ -243,3 +243,12 @@ def test_layer_and_gradients_are_pefts(bias):
     y.backward(dy)
     for mine, theirs, exact in zip([y, *(leaf.grad for leaf in leaves)], *results, strict=True):
         assert_as_accurate(mine, theirs, exact)
+
+
+@pytest.mark.parametrize("training", (False, True))
+def test_compiles_whole(training):
+    model = random_model("smollm2").train(training)
+    adapters.attach(model, CONFIG)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(IDS), model(IDS))

@@ -36,6 +36,37 @@ STARTS_AT_THE_BASE = {"LoraConfig", "IA3Config"}
 MERGES = {"LoraConfig", "IA3Config"}
 
 
+@pytest.mark.parametrize("kind", sorted(MERGES))
+def test_unmerging_another_adapter_leaves_the_active_one(kind):
+    """Merged, `b` alone acts, in whichever layers it is; after that it is as before: `a` acts, or none where it is disabled."""
+    configs = {
+        "LoraConfig": [adapters.LoraConfig(r=2, target_modules=[t], init_lora_weights=False) for t in ("q_proj", "v_proj")],
+        "IA3Config": [
+            adapters.IA3Config(target_modules=[t], feedforward_modules=[], init_ia3_weights=False) for t in ("k_proj", "v_proj")
+        ],
+    }[kind]
+    model = random_model("smollm2")
+    with torch.no_grad():
+        base = model(IDS)
+        alone = {}
+        for name, config in zip("ab", configs, strict=True):
+            attach(model, config, name)
+            alone[name] = model(IDS)
+        adapters.set_adapter(model, "a")
+        adapters.merge(model, "b")
+        merged = model(IDS)
+        adapters.unmerge(model)
+        assert adapters.active_adapter(model) == "a" and torch.equal(model(IDS), alone["a"])
+        closest = min({"base": base, **alone}.items(), key=lambda named: (merged - named[1]).norm())
+        assert closest[0] == "b"
+        adapters.disable(model)
+        adapters.merge(model)
+        adapters.unmerge(model)
+        assert torch.equal(model(IDS), base)
+        adapters.enable(model)
+        assert torch.equal(model(IDS), alone["a"])
+
+
 @pytest.fixture(params=list(METHODS), ids=lambda kind: kind.__name__)
 def kind(request):
     return request.param

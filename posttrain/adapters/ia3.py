@@ -214,6 +214,7 @@ def merge(model: nn.Module, name: str) -> None:
     """Compute with the vectors in dense layers, the bases beside them."""
     layers = ia3_layers(model)
     merged = {n: _merged(n, layer, name) for n, layer in layers.items() if name in layer.ia3_l}
+    activate(model, name)
     for layer_name, dense in merged.items():
         layers[layer_name].merged = dense
 

@@ -246,9 +246,12 @@ def merge(model: nn.Module, name: str | None = None) -> None:
 
 def unmerge(model: nn.Module) -> None:
     """Go back to the base and its adapters, bit for bit (a 4-bit base to its packed tensors)."""
-    if is_merged(model):
-        _mergeable(model, _state(model).merged).unmerge(model)  # type: ignore[arg-type]
-        _state(model).merged = None
+    state = _state(model)
+    if state.merged is not None:
+        method = _mergeable(model, state.merged)
+        method.unmerge(model)
+        method.activate(model, None if state.disabled else state.active)
+        state.merged = None
 
 
 def merge_and_unload(model: nn.Module, name: str | None = None) -> nn.Module:
