@@ -21,6 +21,19 @@ def _make_folder(folder: Path) -> None:
         raise PosttrainError(f"{folder} is a file, or lies below one; give the path of a folder") from error
 
 
+def check_replaceable(path: str | os.PathLike) -> None:
+    """PosttrainError where `path` is the current folder or holds it: another folder would take its place, and whoever stands in
+    the old one would be in a deleted one, where no relative path leads anywhere."""
+    try:
+        here = Path.cwd()
+    except FileNotFoundError:  # deleted already
+        return
+    if here.is_relative_to(Path(path).resolve()):
+        raise PosttrainError(
+            f"{path} is the current folder, or holds it, and would be replaced; give another folder, or run from outside of it"
+        )
+
+
 def _sync_folder(folder: Path) -> None:
     """Make a rename in `folder` durable (a no-op where folders cannot be opened, as on Windows)."""
     if hasattr(os, "O_DIRECTORY"):
@@ -58,8 +71,10 @@ def atomic_dir(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; on a clean exit it takes `path`'s place, on an error it is removed.
 
     A folder already at `path` changes places with it in one step where the system can (Linux); elsewhere it is moved
-    aside first, put back if that fails, and deleted last: at every moment one whole copy exists.
+    aside first, put back if that fails, and deleted last: at every moment one whole copy exists. PosttrainError where
+    that folder is the current one.
     """
+    check_replaceable(path)
     path = Path(path).resolve()  # through a link to where the bytes are to be, which may be another disk
     _make_folder(path.parent)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))

@@ -50,6 +50,18 @@ def test_a_link_is_followed_and_stays(tmp_path, write):
         assert list(target.parent.iterdir()) == [target] and {p.name for p in tmp_path.iterdir()} == {"disk", "link"}
 
 
+@pytest.mark.parametrize("given", [".", "..", "../here", "link"])
+def test_the_current_folder_is_not_replaced(tmp_path, monkeypatch, given):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "link").symlink_to(tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(PosttrainError, match="is the current folder, or holds it.*give another folder"), atomic_dir(given):
+        pass
+    with atomic_dir("below") as temporary:
+        (temporary / "file").write_text("x")
+    assert (tmp_path / "here" / "below" / "file").read_text() == "x"
+
+
 def test_write_respects_umask(tmp_path):
     with atomic_write(tmp_path / "file") as temporary:
         temporary.write_text("x")

@@ -251,6 +251,17 @@ def test_token_writer_holds_back_half_a_character(capsys) -> None:
     assert capsys.readouterr().out == "\N{REPLACEMENT CHARACTER}\n"
 
 
+@pytest.mark.parametrize("output", [".", ".."])
+def test_a_model_is_not_written_over_the_current_folder(capsys, tmp_path, monkeypatch, output) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    options = ["--model", "offline", "--output", output, "--force"]
+    assert_one_error(run(capsys, "quantize", *options), "is the current folder", "give another")
+    assert_one_error(run(capsys, "merge-adapter", *options, "--adapter", "none"), "is the current folder")
+    assert run(capsys, "quantize", "--model", "offline", "--output", "q")[0] == 0
+    assert (tmp_path / "here" / "q" / "tokenizer.json").is_file() and not (tmp_path / "here" / "tokenizer.json").exists()
+
+
 def test_sft_merge_quantize_evaluate_together(capsys, tmp_path) -> None:
     """A few steps of training; the adapter, the merged folder and its 4-bit copy answer as they should."""
     data, adapter = tmp_path / "train.jsonl", tmp_path / "adapter"

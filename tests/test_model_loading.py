@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -266,6 +267,26 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
             save(new, tmp_path / "model", max_shard_bytes=100_000)
         assert_same_tensors(old, load(tmp_path / "model", dtype="fp32"))
         assert os.listdir(tmp_path) == ["model"]
+
+
+def test_the_tokenizer_comes_with_the_model_or_neither_does(tmp_path, monkeypatch):
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    for name in ("tokenizer.json", "generation_config.json", "notes.txt"):
+        (source / name).write_text("new")
+    target.mkdir()
+    (target / "tokenizer.json").write_text("old")
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="No space left"):
+        patched.setattr("shutil.copyfile", no_space)
+        save(random_model("llama3"), target, tokenizer=source)
+    assert os.listdir(target) == ["tokenizer.json"]
+    save(random_model("llama3"), target, tokenizer=source)
+    assert sorted(os.listdir(target)) == ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json"]
+    assert (target / "tokenizer.json").read_text() == "new"
+
+
+def no_space(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 KILLED = """

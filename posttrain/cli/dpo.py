@@ -125,7 +125,7 @@ def read(name: str, tokenizer: Tokenizer, args: argparse.Namespace, paired: bool
 
 def run(args: argparse.Namespace) -> None:
     from posttrain.adapters.recipes import RECIPES
-    from posttrain.cli.quantize import copy_tokenizer
+    from posttrain.model.checkpoint import copy_tokenizer
     from posttrain.preference.accuracy import pair_accuracy
     from posttrain.preference.paired import dpo, pair_logps
     from posttrain.preference.unpaired import kto

@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from posttrain.adapters import load_adapter, merge_and_unload
-    from posttrain.cli.quantize import copy_tokenizer, new_folder
+    from posttrain.cli.quantize import new_folder
     from posttrain.model.loading import load, save
 
     folder = resolve_model(args.model)
@@ -38,6 +38,5 @@ def run(args: argparse.Namespace) -> None:
     model = load(folder, dtype=args.dtype)
     load_adapter(model, args.adapter, any_base=args.any_base)
     merge_and_unload(model)
-    save(model, output)
-    copy_tokenizer(folder, output)
+    save(model, output, tokenizer=folder)
     print(output)

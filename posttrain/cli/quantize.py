@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from posttrain.atomic import check_replaceable
 from posttrain.cli.common import QUANT_TYPES, resolve_model
 from posttrain.errors import PosttrainError
 
@@ -44,33 +45,19 @@ def run(args: argparse.Namespace) -> None:
         block_size=args.block_size,
         double_quant=not args.no_double_quant,
     )
-    save(model, output)
-    copy_tokenizer(folder, output)
+    save(model, output, tokenizer=folder)
     print(f"{output}: {storage(model)}")
 
 
 def new_folder(path: str, force: bool, source: Path) -> Path:
-    """`path`, checked before any work is done for it. PosttrainError where it is `source`, the model that is read, as well."""
+    """`path`, checked before any work is done for it. PosttrainError where it cannot be replaced, or is
+    `source`, the model that is read."""
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
         raise PosttrainError(f"{folder} is a file; give --output a folder")
     if folder.exists() and folder.samefile(source):
         raise PosttrainError(f"{folder} is the model itself, which would be lost; choose another --output")
+    check_replaceable(folder)
     if folder.is_dir() and any(folder.iterdir()) and not force:
         raise PosttrainError(f"{folder} exists; choose another --output, or give --force to replace it")
     return folder
-
-
-def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy what goes with the weights: tokenizer, chat template, generation defaults."""
-    import shutil
-
-    for name in (
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "chat_template.jinja",
-        "generation_config.json",
-    ):
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)

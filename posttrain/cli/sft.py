@@ -110,8 +110,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from posttrain.adapters.recipes import RECIPES
-    from posttrain.cli.quantize import copy_tokenizer
     from posttrain.data import load_dataset
+    from posttrain.model.checkpoint import copy_tokenizer
     from posttrain.sft import sft
     from posttrain.trained_model import model_folder
 

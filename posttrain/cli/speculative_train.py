@@ -109,7 +109,7 @@ def run(args: argparse.Namespace) -> None:
         print("\nRun the same command with --resume: it goes on from the last checkpoint.", file=sys.stderr)
         raise
     if args.kind == "draft":
-        from posttrain.cli.quantize import copy_tokenizer
+        from posttrain.model.checkpoint import copy_tokenizer
 
         copy_tokenizer(resolve_model(args.model), path)
     print(described(measured), file=sys.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from .safetensors_file import Entry, SafetensorsReader, write_safetensors
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json",
+)  # fmt: skip
 
 
 class Checkpoint:
@@ -107,6 +111,13 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise PosttrainError(f"{path} holds a JSON {type(value).__name__}; expected an object")
     return value
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy what goes with the weights from one model's folder to another: tokenizer, chat template, generation defaults."""
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
 
 
 def write_checkpoint(

@@ -19,7 +19,7 @@ from posttrain.kernels import quantize_weight
 from posttrain.quantized import QuantizedLinear, quantizable_linears
 
 from . import bitsandbytes
-from .checkpoint import INDEX, Checkpoint, write_checkpoint
+from .checkpoint import INDEX, Checkpoint, copy_tokenizer, write_checkpoint
 from .config import DTYPES, ModelConfig, parse_dtype
 from .decoder import CausalLM
 
@@ -90,14 +90,17 @@ def load(
     return model
 
 
-def save(model: CausalLM, path: str | os.PathLike, max_shard_bytes: int = 5_000_000_000) -> None:
+def save(
+    model: CausalLM, path: str | os.PathLike, max_shard_bytes: int = 5_000_000_000, tokenizer: str | os.PathLike | None = None
+) -> None:
     """Write a model as a Hugging Face directory: config.json and model.safetensors, or shards and their index.
 
     Quantized layers are written in bitsandbytes' format, which transformers loads. The directory appears whole or not
     at all: a full disk or a kill leaves what was there before. Files that are no part of the model (the tokenizer, say)
-    stay.
+    stay. tokenizer: a model's folder whose tokenizer and generation defaults are to go along.
 
-    Raises ValueError for a model with adapters attached: merge them, or save them as an adapter.
+    Raises ValueError for a model with adapters attached: merge them, or save them as an adapter. PosttrainError where `path` is
+    a file, or the current folder.
     """
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes is {max_shard_bytes}; expected a positive number")
@@ -120,6 +123,8 @@ def save(model: CausalLM, path: str | os.PathLike, max_shard_bytes: int = 5_000_
             metadata[METADATA_KEY] = model.fingerprint
     with atomic_dir(path) as folder:
         write_checkpoint(folder, config, groups, max_shard_bytes, metadata)
+        if tokenizer is not None:
+            copy_tokenizer(Path(tokenizer), folder)
         for file in path.iterdir() if path.is_dir() else ():
             if not _is_model_file(file) and not (folder / file.name).exists():
                 (shutil.copytree if file.is_dir() else shutil.copy2)(file, folder / file.name)
