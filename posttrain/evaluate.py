@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from posttrain.model.decoder import CausalLM
-from posttrain.model.generate import generate
+from posttrain.model.generate import check_ids, generate
 from posttrain.model.kv_cache import KVCache
 from posttrain.model.tokenizer import Tokenizer
 from posttrain.statistics import wilson_interval
@@ -108,7 +108,8 @@ def choice_accuracy(
 
     The sum is not divided by length; where choices differ in length and that matters, compare `logprobs` yourself.
     tokens_per_batch bounds the prompt tokens (with padding) that go through the layers together.
-    ValueError for no items, an empty prompt or choice, an answer out of range, or an item longer than the context.
+    ValueError for no items, an empty prompt or choice, an answer out of range, an item longer than the context, or an id
+    outside the vocabulary.
     """
     _check_items(model, items)
     for i, item in enumerate(items):
@@ -188,7 +189,7 @@ def perplexity(
     Every token but the first is scored exactly once, given at least window - stride tokens before it (fewer only in
     the first window). stride = window - 1 is cheapest; a smaller one gives more context and a lower figure: state both.
     Defaults: window min(1024, context), stride window // 2. ValueError outside 2 <= window <= context and
-    1 <= stride < window, or for a text of fewer than 2 tokens.
+    1 <= stride < window, for a text of fewer than 2 tokens, or for an id outside the vocabulary.
     """
     context = model.context_length
     window = min(1024, context) if window is None else window
@@ -200,6 +201,7 @@ def perplexity(
     if len(input_ids) < 2:
         raise ValueError(f"perplexity needs a text of at least 2 tokens, given {len(input_ids)}")
     ids = torch.as_tensor(input_ids, device=_device(model))
+    check_ids(model, [ids.tolist()], "text")
     nll, scored, end = 0.0, 1, min(len(ids), window)
     with _evaluating(model):
         while scored < len(ids):
@@ -222,6 +224,7 @@ def _check_items(model: CausalLM, items: Sequence[ChoiceItem]) -> None:
         longest = len(item.prompt) + max(map(len, item.choices)) - 1
         if longest > context:
             raise ValueError(f"item {i} takes {longest} tokens, longer than the model's context of {context}; shorten the prompt")
+    check_ids(model, ([*item.prompt, *itertools.chain(*item.choices)] for item in items), "item")
 
 
 def _shared_prefix(prompts: Sequence[Sequence[int]]) -> int:

@@ -24,6 +24,7 @@ from .completion_batch import CompletionBatch, Sequences, collate_completions
 from .data import IGNORE_INDEX
 from .errors import PosttrainError
 from .model.decoder import CausalLM
+from .model.generate import check_ids
 from .preference.data import Pair, digest
 from .statistics import format_p, mcnemar, wilson_interval
 from .trainer import Loss, TrainConfig, TrainResult, train
@@ -67,6 +68,7 @@ def score(
     model: CausalLM, sequences: Sequences, batch_size: int = 16, progress: Callable[[int, int], None] | None = None
 ) -> Tensor:
     """Float32 (N,) on the CPU: the rewards of (prompt, completion) in token ids, by the adapter that acts."""
+    check_ids(model, ([*prompt, *completion] for prompt, completion in sequences), "sequence")
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
@@ -150,6 +152,7 @@ def train_reward_model(
         raise PosttrainError(
             f"the longest pair has {longest} tokens and the model's context {model.context_length}; load pairs with a max_length"
         )
+    check_ids(model, ([*pair.prompt, *pair.chosen, *pair.rejected] for pair in pairs), "pair")
     torch.manual_seed(config.seed)
     add_score_head(model)
     lora = adapter or LoraConfig()

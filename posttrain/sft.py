@@ -14,6 +14,7 @@ from .adapters import base_fingerprint
 from .data import Example, max_tokens
 from .errors import PosttrainError
 from .model.decoder import CausalLM
+from .model.generate import check_ids
 from .packing import Batch, collate, pack
 from .token_logprobs import completion_logprobs
 from .trained_model import attach_for_training, check_lengths, free_weights, save_trained
@@ -55,12 +56,13 @@ def sft(
 
     The adapter is saved in config.output_dir in PEFT's format (a whole model in its folder `model`, as Hugging Face has
     it), beside metrics.jsonl, loss.svg and the checkpoints. PosttrainError as `train`, for an example longer than
-    max_length or the model's context, and for 4-bit weights without an adapter.
+    max_length or the model's context, and for 4-bit weights without an adapter. ValueError for ids outside the vocabulary.
     """
     if not examples:
         raise PosttrainError("the training data holds no examples")
     longest = max_tokens(examples)
     check_lengths(model, adapter, longest, max_length)
+    check_ids(model, (example.input_ids for example in examples), "example")
     trained = attach_for_training(model, adapter, config.seed)
     rows = pack(examples, max_length or longest) if packing else [[example] for example in examples]
     identity = {

@@ -140,6 +140,8 @@ def test_state_of_the_model_is_put_back(model) -> None:
         ([ChoiceItem([1], [[1], []], 0)], "at least one token"),
         ([ChoiceItem([1], [[1]], 0), ChoiceItem([1], [[1]], 1)], "item 1: answer 1"),
         ([ChoiceItem([1] * CONTEXT, [[1, 2]], 0)], f"context of {CONTEXT}"),
+        ([ChoiceItem([1, VOCAB], [[2]], 0)], f"item 0 holds token ids from 1 to {VOCAB}; the vocabulary has 0 to {VOCAB - 1}"),
+        ([ChoiceItem([1], [[2], [3, -1]], 0)], "item 0 holds token ids from -1 to 3"),
     ],
 )
 def test_bad_items_are_named(model, items, match) -> None:
@@ -213,7 +215,13 @@ def test_perplexity_scores_each_token_once_with_the_stated_context(model, plain_
 
 @pytest.mark.parametrize(
     ("ids", "window", "stride", "match"),
-    [([1], 8, 4, "at least 2"), ([1, 2], 1, 1, "window"), ([1, 2], CONTEXT + 1, 4, "window"), ([1, 2], 8, 8, "stride")],
+    [
+        ([1], 8, 4, "at least 2"),
+        ([1, 2], 1, 1, "window"),
+        ([1, 2], CONTEXT + 1, 4, "window"),
+        ([1, 2], 8, 8, "stride"),
+        ([1, VOCAB], 8, 4, "holds token ids from 1 to"),
+    ],
 )
 def test_perplexity_refuses(model, ids, window, stride, match) -> None:
     with pytest.raises(ValueError, match=match):

@@ -257,6 +257,10 @@ def test_refusals(tmp_path):
         dpo(model, [], **run)
     with pytest.raises(PosttrainError, match="example has 70 tokens; max_length is not given and the model's context holds 64"):
         dpo(model, [Pair([5] * 60, [6] * 10, [7])], **run)
+    foreign = [Pair([5], [6], [7]), Pair([5], [6], [97])]
+    for learn in (lambda: dpo(model, foreign, **run), lambda: pair_logps(model, foreign)):
+        with pytest.raises(ValueError, match="pair 1 holds token ids from 5 to 97; the vocabulary has 0 to 96"):
+            learn()
     with pytest.raises(PosttrainError, match="this loss needs no reference model"):
         dpo(model, pairs(), **run, preference=PreferenceConfig(loss_type="sft"), ref_model=random_model())
     with pytest.raises(PosttrainError, match="leave it out"):

@@ -96,6 +96,9 @@ def test_refusals(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             KtoConfig(**options)
+    foreign = [Unpaired([5], [6], True), Unpaired([7], [97], False)]
+    with pytest.raises(ValueError, match="completion 1 holds token ids from 7 to 97; the vocabulary has 0 to 96"):
+        kto(random_model(), foreign, settings(tmp_path), LoraConfig(r=2), quiet=True)
     with pytest.raises(PosttrainError, match="holds no completions"):
         kto(random_model(), [], settings(tmp_path), LoraConfig(r=2))
 

@@ -222,3 +222,7 @@ def test_refusals(tmp_path):
     long = [Pair([5] * 60, [6] * 9, [7])]
     with pytest.raises(PosttrainError, match="69 tokens and the model's context 64"):
         train_reward_model(random_model(), long, _config(tmp_path))
+    with pytest.raises(ValueError, match="pair 0 holds token ids from 5 to 97; the vocabulary has 0 to 96"):
+        train_reward_model(random_model(), [Pair([5], [97], [7])], _config(tmp_path))
+    with pytest.raises(ValueError, match="sequence 0 holds token ids from 5 to 97"):
+        score(model, [([5], [97])])

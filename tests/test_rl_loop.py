@@ -137,6 +137,8 @@ def test_prompts_that_cannot_be_continued():
         check_prompts(model, [], SAMPLING)
     with pytest.raises(PosttrainError, match="item 1 has 62 tokens, which with max_completion_length=3 exceed"):
         check_prompts(model, [PROMPTS[0], Prompt([5] * 62, "x", {})], SAMPLING)
+    with pytest.raises(ValueError, match="item 1 holds token ids from 5 to 97; the vocabulary has 0 to 96"):
+        check_prompts(model, [PROMPTS[0], Prompt([5, 97], "x", {})], SAMPLING)
 
 
 def test_sampling_that_is_refused():

@@ -177,6 +177,8 @@ def test_sequences_that_do_not_fit(tmp_path):
         ids = list(range(3, 3 + length))
         with pytest.raises(PosttrainError, match=rf"the longest example has {length} tokens; max_length is {limit or 'not given'}"):
             sft(model, [Example(ids, ids)], settings(tmp_path), LoraConfig(), max_length=limit)
+    with pytest.raises(ValueError, match=r"example 1 holds token ids from 1 to 97; the vocabulary has 0 to 96\. Is this"):
+        sft(model, [Example([1, 96], [1, 96]), Example([1, 97], [1, 97])], settings(tmp_path), LoraConfig())
     ids = list(range(3, 10))
     with pytest.raises(PosttrainError, match="context holds 0 beside 70 virtual ones. Take fewer"):
         sft(model, [Example(ids, ids)], settings(tmp_path), PromptTuningConfig(num_virtual_tokens=70))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -116,7 +116,7 @@ def check_prompts(model: CausalLM, prompts: Sequence[Sequence[int]], max_new_tok
     """ValueError unless the prompts are the model's tokens, at least one each, and fit its context with what is to come."""
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; expected 0 or more")
-    context, vocab_size = model.context_length, model.config.vocab_size
+    context = model.context_length
     virtual = model.config.context_length - context
     for i, prompt in enumerate(prompts):
         if not len(prompt):
@@ -127,9 +127,16 @@ def check_prompts(model: CausalLM, prompts: Sequence[Sequence[int]], max_new_tok
                 f"context of {context}{f' (beside {virtual} virtual tokens)' if virtual else ''}; shorten the prompt or ask "
                 "for fewer tokens"
             )
-        if not 0 <= min(prompt) <= max(prompt) < vocab_size:
+    check_ids(model, prompts, "prompt")
+
+
+def check_ids(model: CausalLM, sequences: Iterable[Sequence[int]], what: str) -> None:
+    """ValueError unless every id is one of the model's tokens. what: of which each sequence holds the ids, as the error has it."""
+    vocab_size = model.config.vocab_size
+    for i, ids in enumerate(sequences):
+        if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
             raise ValueError(
-                f"prompt {i} holds token ids from {min(prompt)} to {max(prompt)}; the vocabulary has 0 to "
+                f"{what} {i} holds token ids from {min(ids)} to {max(ids)}; the vocabulary has 0 to "
                 f"{vocab_size - 1}. Is this the model's own tokenizer?"
             )
 

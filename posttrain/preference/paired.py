@@ -22,6 +22,7 @@ from posttrain.kernels import preference_loss
 from posttrain.kernels.preference_loss import check_options
 from posttrain.kernels.preference_losses import LOSSES
 from posttrain.model.decoder import CausalLM
+from posttrain.model.generate import check_ids
 from posttrain.token_logprobs import collision_logprobs, completion_logprobs, head_logprobs, labelled_hidden
 from posttrain.trainer import TrainConfig, TrainResult
 
@@ -164,6 +165,7 @@ def pair_logps(
         batch = collate_pairs([(pairs[i], None) for i in indices]).to(device)
         return completion_logps(batch, completion_logprobs(model, batch), ld_alpha).view(2, -1).T
 
+    _check_ids(model, pairs)
     lengths = [len(p.prompt) + len(p.chosen) + len(p.rejected) for p in pairs]
     return measure(lengths, sums_of, tokens_per_batch, progress)
 
@@ -197,6 +199,7 @@ def dpo(
     preference = preference or PreferenceConfig()
     if not pairs:
         raise PosttrainError("the training data holds no pairs")
+    _check_ids(model, pairs)
     return train_against_reference(
         model,
         pairs,
@@ -217,3 +220,7 @@ def dpo(
         quiet=quiet,
         on_step=on_step,
     )
+
+
+def _check_ids(model: CausalLM, pairs: Sequence[Pair]) -> None:
+    check_ids(model, ([*pair.prompt, *pair.chosen, *pair.rejected] for pair in pairs), "pair")

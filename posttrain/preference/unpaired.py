@@ -19,6 +19,7 @@ from posttrain.completion_batch import CompletionBatch, Sequences, collate_compl
 from posttrain.errors import PosttrainError
 from posttrain.kernels import kto_loss
 from posttrain.model.decoder import CausalLM
+from posttrain.model.generate import check_ids
 from posttrain.token_logprobs import completion_logprobs
 from posttrain.trainer import TrainConfig, TrainResult
 
@@ -176,6 +177,7 @@ def kto(
     preference = preference or KtoConfig()
     if not examples:
         raise PosttrainError("the training data holds no completions")
+    check_ids(model, ([*example.prompt, *example.completion] for example in examples), "completion")
     longest = max(len(e.prompt) + len(e.completion) for e in examples)
     if preference.loss_type == "kto":
         items = with_mismatched(examples, longest)

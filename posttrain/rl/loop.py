@@ -27,6 +27,7 @@ from posttrain.adapters import LoraConfig, active_adapter, adapter_configs, base
 from posttrain.checkpoint import checkpoints, keep_last, save_checkpoint, trainable
 from posttrain.errors import PosttrainError
 from posttrain.model.decoder import CausalLM
+from posttrain.model.generate import check_ids
 from posttrain.plots import line_chart, running_mean
 from posttrain.progress import Metrics, ProgressLine, peak_memory, read_metrics
 from posttrain.trained_model import attach_for_training
@@ -221,7 +222,8 @@ def _learn(
 
 
 def check_prompts(model: CausalLM, prompts: Sequence[Prompt], sampling: Sampling) -> None:
-    """PosttrainError where there are none, or one leaves no room for a completion in the model's context."""
+    """PosttrainError where there are none, or one leaves no room for a completion in the model's context; ValueError for an id
+    outside the vocabulary."""
     if not prompts:
         raise PosttrainError("the data holds no prompts")
     longest = max(range(len(prompts)), key=lambda i: len(prompts[i].ids))
@@ -230,6 +232,7 @@ def check_prompts(model: CausalLM, prompts: Sequence[Prompt], sampling: Sampling
             f"item {longest} has {length} tokens, which with max_completion_length={sampling.max_completion_length} exceed the "
             f"model's context of {model.context_length}; shorten the prompt or ask for fewer tokens"
         )
+    check_ids(model, (prompt.ids for prompt in prompts), "item")
 
 
 def add_value_head(model: CausalLM) -> nn.Linear:
