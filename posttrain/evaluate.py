@@ -16,6 +16,7 @@ import contextlib
 import copy
 import itertools
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -25,6 +26,7 @@ from torch import Tensor
 from posttrain.model.decoder import CausalLM
 from posttrain.model.generate import check_ids, generate
 from posttrain.model.kv_cache import KVCache
+from posttrain.model.stop_ids import stop_ids
 from posttrain.model.tokenizer import Tokenizer
 from posttrain.statistics import wilson_interval
 
@@ -152,10 +154,12 @@ def generation_accuracy(
     match: str = "exact",
     batch_size: int = 16,
     progress: Progress | None = None,
+    folder: str | os.PathLike | None = None,
 ) -> Accuracy:
     """Decode greedily after each prompt and compare with the answer; case and outer white space do not count.
 
-    match: "exact", or "prefix" (the text starts with the answer), or "contains". Generation stops at tokenizer.eos_id.
+    match: "exact", or "prefix" (the text starts with the answer), or "contains". Generation stops where the
+    tokenizer, the model's configuration and, where its `folder` is given, generation_config.json say that a text ends.
     """
     matches: dict[str, Callable[[str, str], bool]] = {"exact": str.__eq__, "prefix": str.startswith, "contains": str.__contains__}
     if match not in matches:
@@ -164,11 +168,11 @@ def generation_accuracy(
         raise ValueError(f"expected one answer per prompt and at least one, given {len(prompts)} and {len(answers)}")
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     texts = [""] * len(prompts)
-    stop_ids = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+    ends = stop_ids(tokenizer, model.config, folder)
     with _evaluating(model):
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            outputs = generate(model, [list(prompts[i]) for i in batch], max_new_tokens, stop_ids=stop_ids)
+            outputs = generate(model, [list(prompts[i]) for i in batch], max_new_tokens, stop_ids=ends)
             for i, ids in zip(batch, outputs, strict=True):
                 texts[i] = tokenizer.decode(ids).strip()
             if progress:

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from posttrain.cli.common import add_model_arguments, load_model, positive_int, progress_bar
+from posttrain.cli.common import add_model_arguments, load_model, positive_int, progress_bar, resolve_model
 from posttrain.data import read_jsonl
 from posttrain.errors import PosttrainError
 
@@ -76,9 +76,8 @@ def run(args: argparse.Namespace) -> None:
         else:
             prompts = [tokenizer.encode(row["prompt"], add_special_tokens=True) for row in rows]
             answers = [str(row["answer"]) for row in rows]
-            result = evaluate.generation_accuracy(
-                model, tokenizer, prompts, answers, args.max_new_tokens, args.match, progress=progress
-            )
+            how = {"max_new_tokens": args.max_new_tokens, "match": args.match, "folder": resolve_model(args.model)}
+            result = evaluate.generation_accuracy(model, tokenizer, prompts, answers, **how, progress=progress)
     print(f"{name}: accuracy {result} (95 % interval)")
     if before is not None:
         from posttrain.statistics import compare

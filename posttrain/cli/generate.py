@@ -56,6 +56,7 @@ def run(args: argparse.Namespace) -> None:
     if args.draft_quantize and args.speculative != "draft":
         raise PosttrainError("--draft-quantize goes with --speculative draft, whose model it quantizes")
     from posttrain.model.generate import generate
+    from posttrain.model.stop_ids import stop_ids
 
     model, tokenizer = load_model(args)
     drafter = None if args.speculative is None else _drafter(args, model, tokenizer)
@@ -69,10 +70,10 @@ def run(args: argparse.Namespace) -> None:
     writer = TokenWriter(tokenizer)
     start = time.perf_counter()
     sampling = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "seed")}
-    stop_ids = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+    ends = stop_ids(tokenizer, model.config, resolve_model(args.model))
     report = None
     if drafter is None:
-        outputs = generate(model, [ids], args.max_new_tokens, **sampling, stop_ids=stop_ids, on_token=writer)
+        outputs = generate(model, [ids], args.max_new_tokens, **sampling, stop_ids=ends, on_token=writer)
     else:
         from posttrain.speculative import engine
 
@@ -82,7 +83,7 @@ def run(args: argparse.Namespace) -> None:
             args.max_new_tokens,
             drafter,
             **sampling,
-            stop_ids=stop_ids,
+            stop_ids=ends,
             on_token=writer,
             draft_length=args.draft_length,
         )

@@ -100,6 +100,7 @@ class ModelConfig:
         bias = bool(given.get("attention_bias", False)) and architecture in ("LlamaForCausalLM", "Qwen3ForCausalLM")
         window, layer_types = _windows(architecture, given, sizes["num_hidden_layers"])
         eos = given.get("eos_token_id")
+        end_ids(eos)
         return cls(
             architecture=architecture,
             **sizes,
@@ -154,6 +155,14 @@ def _positive_int(key: str, value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"config.json: {key} is {value!r}; expected a positive integer")
     return value
+
+
+def end_ids(eos: Any, file: str = "config.json") -> tuple[int, ...]:
+    """The tokens that a file's eos_token_id names. ValueError where it is neither a token id, a list of them nor null."""
+    ids = eos if isinstance(eos, list | tuple) else () if eos is None else (eos,)
+    if not all(type(i) is int for i in ids):
+        raise ValueError(f"{file}: eos_token_id is {eos!r}; expected a token id, or a list of them")
+    return tuple(ids)
 
 
 def parse_dtype(name: str | torch.dtype) -> torch.dtype:

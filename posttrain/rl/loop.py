@@ -53,7 +53,8 @@ VALUE_HEAD = "value_head"
 
 @dataclass(frozen=True)
 class Sampling:
-    """How completions are drawn. stop: text that is one token and ends a completion; None: the tokenizer's eos."""
+    """How completions are drawn. stop: text that is one token and ends a completion; None: the tokenizer's eos. One token,
+    which the policy learns: `generate` does not tell which of several ended a text."""
 
     num_generations: int = 8
     max_completion_length: int = 64
