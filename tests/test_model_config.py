@@ -66,16 +66,39 @@ def test_transformers_reads_ours_and_we_read_its(name, tmp_path):
         ({"rope_scaling": {"type": "linear"}}, "needs factor"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "needs low_freq_factor, high_freq_factor"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ({"rope_theta": 10**400}, "rope_theta is 1000.*; expected a positive number"),
+        ({"hidden_size": 2**63}, f"hidden_size is {2**63}; expected at most {2**31 - 1}"),
     ],
 )
 def test_what_cannot_be_run_is_named(change, message):
     with pytest.raises(ValueError, match=message):
-        ModelConfig.from_hf({**hf_config("smollm2"), **change})
+        ModelConfig.from_hf({**hf_config("smollm2"), "rope_parameters": None, **change})
+
+
+@pytest.mark.parametrize("key", ["beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"])
+@pytest.mark.parametrize("value", ["1", -1, True, [1], float("nan")])
+def test_yarn_s_numbers_are_checked(key, value):
+    scaling = {"rope_type": "yarn", "factor": 4.0, key: value}
+    with pytest.raises(ValueError, match=f"config.json: {key} is .*; expected a positive number"):
+        ModelConfig.from_hf({**hf_config("llama2"), "rope_scaling": scaling})
+
+
+@pytest.mark.parametrize("name", ["mistral_sliding", "qwen2_sliding"])
+@pytest.mark.parametrize("window", [0, -1, 7.5, "7", True])
+def test_a_window_is_a_number_of_tokens(name, window):
+    with pytest.raises(ValueError, match="sliding_window is .*; expected a positive integer"):
+        ModelConfig.from_hf({**hf_config(name), "sliding_window": window})
 
 
 def test_layer_types_must_fit_the_layers():
     with pytest.raises(ValueError, match="layer_types has 2 entries"):
         ModelConfig.from_hf({**hf_config("qwen2"), "layer_types": ["full_attention"] * 2})
+    for wrong in (3, "full", [["full_attention"]] * 3, {"full_attention": 3}):
+        with pytest.raises(ValueError, match="config.json: layer_types .* expected a list of 3, each full_attention or sliding"):
+            ModelConfig.from_hf({**hf_config("qwen2"), "layer_types": wrong})
+    for wrong in ("1", -1, 1.5):
+        with pytest.raises(ValueError, match="config.json: max_window_layers is .* 0 or more"):
+            ModelConfig.from_hf({**hf_config("qwen2"), "max_window_layers": wrong})
 
 
 def test_model_type_stands_in_for_architectures():

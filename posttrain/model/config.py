@@ -30,6 +30,8 @@ DTYPES = {
     "fp16": torch.float16, "float16": torch.float16,
 }  # fmt: skip
 
+LARGEST = 2**31 - 1  # the product of two such sizes is still one that torch can hold
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -154,6 +156,8 @@ class ModelConfig:
 def _positive_int(key: str, value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"config.json: {key} is {value!r}; expected a positive integer")
+    if value > LARGEST:
+        raise ValueError(f"config.json: {key} is {value}; expected at most {LARGEST}: no model has such a size")
     return value
 
 
@@ -191,17 +195,20 @@ def _windows(architecture: str, given: dict[str, Any], layers: int) -> tuple[int
     if architecture == "LlamaForCausalLM":
         return None, None
     window = given.get("sliding_window")
+    if architecture != "MistralForCausalLM" and not given.get("use_sliding_window", False):
+        window = None
+    if window is not None:
+        _positive_int("sliding_window", window)
     if architecture == "MistralForCausalLM":
         return window, None
-    if not given.get("use_sliding_window", False):
-        window = None
     first = given.get("max_window_layers", 28)
+    if type(first) is not int or first < 0:
+        raise ValueError(f"config.json: max_window_layers is {first!r}; expected how many layers attend to everything, 0 or more")
     types = given.get("layer_types") or [
         "sliding_attention" if window is not None and i >= first else "full_attention" for i in range(layers)
     ]
-    if len(types) != layers or not set(types) <= {"sliding_attention", "full_attention"}:
-        raise ValueError(
-            f"config.json: layer_types has {len(types)} entries {set(types)}; expected {layers} of "
-            "'full_attention' or 'sliding_attention'"
-        )
+    kinds = ("full_attention", "sliding_attention")
+    if not isinstance(types, list | tuple) or len(types) != layers or any(kind not in kinds for kind in types):
+        given_types = f"has {len(types)} entries: {types}" if isinstance(types, list | tuple) else f"is {types!r}"
+        raise ValueError(f"config.json: layer_types {given_types}; expected a list of {layers}, each {' or '.join(kinds)}")
     return window, tuple(types)

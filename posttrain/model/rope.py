@@ -7,6 +7,7 @@ frequencies: linear (arXiv:2306.15595), dynamic NTK, YaRN (arXiv:2309.00071) and
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -59,8 +60,13 @@ class RopeConfig:
             given["original_max_position_embeddings"] = config.get("original_max_position_embeddings") or config.get(
                 "max_position_embeddings"
             )
-        for key in ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
+        for key in (
+            "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings", "attention_factor",
+        ):  # fmt: skip
             if given.get(key) is not None:
+                positive_number(key, given[key])
+        for key in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim"):
+            if given.get(key):  # of these, 0 means the default
                 positive_number(key, given[key])
         return cls(**{key: given[key] for key in cls.__dataclass_fields__ if given.get(key) is not None})
 
@@ -75,7 +81,7 @@ class RopeConfig:
 
 def positive_number(key: str, value: Any) -> float:
     """`value`, the number that config.json has under `key`. ValueError where it is none above 0, or not finite."""
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
         raise ValueError(f"config.json: {key} is {value!r}; expected a positive number")
     return value
 
