@@ -40,6 +40,40 @@ def test_round_trip(quant_type, double_quant, max_shard_bytes, tmp_path):
         load(tmp_path, quantize="nf4")
 
 
+SKIPPED = [("lm_head",), ("lm_head", "q_proj"), ("lm_head", "gate_proj", "down_proj"), ()]
+
+
+@pytest.mark.parametrize("skip", SKIPPED)
+@pytest.mark.parametrize("name", ["llama2", "smollm2"])  # with a head, and without one of its own
+def test_the_dense_layers_are_named_where_they_are_not_the_head_alone(name, skip, tmp_path):
+    model = random_model(name, torch.bfloat16, **ROWS)
+    quantize_model(model, skip=skip)
+    save(model, tmp_path)
+    named = json.loads((tmp_path / "config.json").read_text())["quantization_config"].get("llm_int8_skip_modules")
+    dense = sorted(n for n, module in model.named_modules() if isinstance(module, torch.nn.Linear))
+    dense = sorted({*dense, "lm_head"}) if name == "smollm2" else dense
+    assert named == (None if dense == ["lm_head"] else dense)
+    assert_same_tensors(model, load(tmp_path))
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("skip", SKIPPED)
+@pytest.mark.parametrize("name", ["llama2", "smollm2"])
+def test_transformers_loads_whatever_layers_are_quantized(name, skip, tmp_path):
+    transformers, bnb = pytest.importorskip("transformers"), pytest.importorskip("bitsandbytes")
+    model = random_model(name, torch.bfloat16, **ROWS)
+    quantize_model(model, skip=skip)
+    save(model, tmp_path)
+    peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    for layer, ours in model.named_modules():
+        if isinstance(ours, QuantizedLinear):
+            theirs = peer.get_submodule(layer).weight
+            assert torch.equal(bnb.functional.dequantize_4bit(theirs.data, theirs.quant_state), ours.weight.dequantize()), layer
+        elif isinstance(ours, torch.nn.Linear):
+            theirs = peer.get_submodule(layer)
+            assert not isinstance(theirs, bnb.nn.Linear4bit) and torch.equal(theirs.weight, ours.weight), layer
+
+
 @pytest.mark.peers
 @pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])

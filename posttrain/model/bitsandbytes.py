@@ -6,6 +6,7 @@ L.weight.absmax and so on. Here: which of a checkpoint's tensors those are, and 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -67,9 +68,13 @@ def read_weight(
     return quantized
 
 
-def quantization_config(weight: QuantizedWeight) -> dict[str, Any]:
-    """config.json's quantization_config for a model whose layers are quantized like this weight."""
-    return {
+def quantization_config(weight: QuantizedWeight, dense: Collection[str] = ("lm_head",)) -> dict[str, Any]:
+    """config.json's quantization_config for a model whose layers are quantized like this weight, all but the linears `dense`.
+
+    transformers makes every linear but the head a 4-bit one unless the names of the dense ones are there.
+    """
+    others = {} if set(dense) == {"lm_head"} else {"llm_int8_skip_modules": sorted(dense)}
+    return others | {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
         "load_in_8bit": False,

@@ -118,7 +118,10 @@ def save(
     metadata = {}
     layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
     if layers:
-        config["quantization_config"] = bitsandbytes.quantization_config(layers[0].weight)
+        dense = {name for name, _ in quantizable_linears(model, skip=())}
+        if model.config.tie_word_embeddings:
+            dense.add("lm_head")  # transformers has one there all the same
+        config["quantization_config"] = bitsandbytes.quantization_config(layers[0].weight, dense)
         if model.fingerprint is not None:
             metadata[METADATA_KEY] = model.fingerprint
     with atomic_dir(path) as folder:
