@@ -13,12 +13,34 @@ from pathlib import Path
 from posttrain.errors import PosttrainError
 
 
-def _make_folder(folder: Path) -> None:
+def make_folder(folder: Path) -> None:
     """`folder` and those above it. PosttrainError where one of them is a file."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise PosttrainError(f"{folder} is a file, or lies below one; give the path of a folder") from error
+
+
+@contextlib.contextmanager
+def _about(path: Path) -> Iterator[None]:
+    """What the system says of a temporary name beside `path` is told of `path`, which somebody gave."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def check_writable(path: str | os.PathLike) -> None:
+    """PosttrainError where `atomic_write` could not write `path`: to be asked before hours of work for it."""
+    folder = Path(path).absolute().parent
+    try:
+        if Path(path).is_dir():
+            raise PosttrainError(f"{path} is a folder; give the path of a file")
+        while not folder.exists():
+            folder = folder.parent
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise PosttrainError(f"{path} cannot be written ({error.strerror}); give a file in a folder of yours") from error
 
 
 def check_replaceable(path: str | os.PathLike) -> None:
@@ -51,8 +73,11 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     The file's bytes reach the disk before the rename, so a reader sees the old file or the new one, never a part.
     """
     path = Path(path).resolve()  # through a link to where the bytes are to be, which may be another disk
-    _make_folder(path.parent)
-    fd, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    make_folder(path.parent)
+    if path.is_dir():
+        raise PosttrainError(f"{path} is a folder; give the path of a file")
+    with _about(path):
+        fd, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     os.close(fd)
     temporary = Path(name)
     try:
@@ -76,8 +101,9 @@ def atomic_dir(path: str | os.PathLike) -> Iterator[Path]:
     """
     check_replaceable(path)
     path = Path(path).resolve()  # through a link to where the bytes are to be, which may be another disk
-    _make_folder(path.parent)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    make_folder(path.parent)
+    with _about(path):
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     try:
         yield temporary
         for file in temporary.rglob("*"):

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from posttrain.adapters import LoraConfig, load_adapter
+from posttrain.atomic import make_folder
 from posttrain.cli.common import progress_bar
 from posttrain.data import load_dataset, max_tokens
 from posttrain.errors import PosttrainError
@@ -138,7 +139,7 @@ def quickstart(
     adapter = output / "adapter"
     if restart:
         shutil.rmtree(adapter, ignore_errors=True)
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
     phases: list[Phase] = []
     with _phase(phases, "fetch"):
         folder, note = _model(settings, model)

@@ -81,6 +81,9 @@ class TrainConfig:
         for name in ("num_train_epochs", "learning_rate", "loraplus_lr_ratio"):
             if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value}; expected more than 0")
+        if self.learning_rate * (self.loraplus_lr_ratio or 1) > torch.finfo(torch.float32).max:
+            given = f"learning_rate is {self.learning_rate} and loraplus_lr_ratio {self.loraplus_lr_ratio}"
+            raise ValueError(f"{given}; expected rates that float32 can hold")
         if not -(2**42) < self.seed < 2**42:  # each epoch's order has a seed made of it, which torch holds in 64 bits
             raise ValueError(f"seed is {self.seed}; expected a whole number of at most 12 digits")
         if not 0 <= self.warmup_ratio <= 1:

@@ -67,6 +67,9 @@ def test_refused(tmp_path):
     for value in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="loraplus_lr_ratio is"):
             TrainConfig("x", loraplus_lr_ratio=value)
+    for options in ({"learning_rate": 0.5, "loraplus_lr_ratio": 1e308}, {"learning_rate": 1e39}):
+        with pytest.raises(ValueError, match="learning_rate is .* and loraplus_lr_ratio .*; expected rates that float32 can hold"):
+            TrainConfig("x", **options)
     model = random_model(num_hidden_layers=1)
     model.requires_grad_(False)
     model.model.norm.weight.requires_grad_(True)

@@ -11,7 +11,7 @@ import textwrap
 
 import pytest
 
-from posttrain.atomic import atomic_dir, atomic_write
+from posttrain.atomic import atomic_dir, atomic_write, check_writable
 from posttrain.errors import PosttrainError
 
 
@@ -48,6 +48,24 @@ def test_a_link_is_followed_and_stays(tmp_path, write):
         assert link.is_symlink() and not target.is_symlink()
         assert (target / "file" if target.is_dir() else target).read_text() == text
         assert list(target.parent.iterdir()) == [target] and {p.name for p in tmp_path.iterdir()} == {"disk", "link"}
+
+
+def test_what_cannot_be_written_is_named_as_it_was_given(tmp_path):
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "folder").mkdir()
+    for path, message in (
+        (tmp_path / "folder", "folder is a folder; give the path of a file"),
+        (tmp_path / "file" / "x" / "y", "/file/x/y cannot be written .Not a directory"),
+        (tmp_path / ("n" * 300), "nn cannot be written .File name too long"),
+    ):
+        with pytest.raises(PosttrainError, match=message):
+            check_writable(path)
+        with pytest.raises((PosttrainError, OSError)) as error, atomic_write(path) as temporary:
+            temporary.write_text("new")
+        assert str(path.name) in str(error.value) and ".tmp" not in str(error.value)
+    check_writable(tmp_path / "new" / "file")
+    check_writable(tmp_path / "file")
+    assert {p.name for p in tmp_path.iterdir()} == {"file", "folder"} and (tmp_path / "file").read_text() == "old"
 
 
 @pytest.mark.parametrize("given", [".", "..", "../here", "link"])

@@ -73,7 +73,7 @@ def test_completions_without_pairs(capsys, data, tmp_path):
         (["--loss-type", "kto", "--loss-weights", "1"], "--loss-weights are of losses of pairs"),
         (["--loss-type", "simpo", "--simpo-gamma", "nan"], "simpo_gamma is nan"),
         (["--eval-data", "/nope"], "--eval-data /nope: No such file or directory; expected a file of JSON lines or reviews:train"),
-        (["--epochs", "1e308"], "num_train_epochs is 1e+308; expected at most"),
+        (["--epochs", "1e308"], "--epochs is 1e+308; expected at most"),
         (["--method", "full", "--quantize", "nf4"], "--method full trains the weights"),
         (["--max-length", "3"], ":1: 17 tokens, and at most 3 fit"),
         (["--eval-data", "reviews:dev"], "reviews:dev: expected reviews:train, reviews:validation, reviews:test"),

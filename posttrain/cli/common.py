@@ -83,6 +83,18 @@ def positive_int(text: str) -> int:
     return value
 
 
+@contextmanager
+def in_options(names: dict[str, str]) -> Iterator[None]:
+    """Errors that name a setting as Python has it name the option instead. names: what a message says, and what to show."""
+    try:
+        yield
+    except (PosttrainError, ValueError) as error:
+        text = str(error)
+        for name, option in names.items():
+            text = text.replace(name, option)
+        raise PosttrainError(text) from error
+
+
 def check_data(args: argparse.Namespace, made: tuple[str, ...] = ()) -> None:
     """PosttrainError where --data or --eval-data cannot be read: a wrong path is told before the model is loaded.
 

@@ -16,9 +16,9 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
-from posttrain.cli.common import add_model_arguments, check_data, load_model, positive_int, progress_bar, resolve_model
+from posttrain.cli.common import add_model_arguments, check_data, in_options, load_model, positive_int, progress_bar, resolve_model
 from posttrain.cli.sft import adapter_of, add_adapter_arguments
-from posttrain.cli.training import add_training_arguments, train_config
+from posttrain.cli.training import TRUNCATION, add_training_arguments, train_config
 from posttrain.errors import PosttrainError
 
 if TYPE_CHECKING:
@@ -141,8 +141,9 @@ def run(args: argparse.Namespace) -> None:
     check_data(args, (DERIVED,))
     model, tokenizer = load_model(args)
     paired = args.loss_type not in UNPAIRED
-    data = read(args.data, tokenizer, args, paired)
-    held_out = read(args.eval_data, tokenizer, args) if args.eval_data else []
+    with in_options(TRUNCATION):
+        data = read(args.data, tokenizer, args, paired)
+        held_out = read(args.eval_data, tokenizer, args) if args.eval_data else []
     print(f"{len(data)} {'pairs' if paired else 'completions'} to learn from, {len(held_out)} pairs held out", file=sys.stderr)
     ref_model = _ref_model(args)
     before = None

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from posttrain.atomic import atomic_write, check_writable
 from posttrain.cli.common import add_model_arguments, load_model, positive_int, progress_bar, resolve_model
 from posttrain.data import read_jsonl
 from posttrain.errors import PosttrainError
@@ -61,6 +62,8 @@ def run(args: argparse.Namespace) -> None:
         return _perplexity(args)
     if args.shots < 0:
         raise PosttrainError(f"--shots {args.shots}: expected 0 or more")
+    if args.save is not None:
+        check_writable(args.save)
     rows = [] if args.data is None else read_rows(args.data)[: args.limit]
     asked = [_digest(row) for row in rows] if args.task is None else _task_digests(args)
     before = None if args.compare is None else read_answers(args.compare, asked)
@@ -88,7 +91,10 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _perplexity(args: argparse.Namespace) -> None:
-    text = Path(args.text).read_text(encoding="utf-8")
+    try:
+        text = Path(args.text).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise PosttrainError(f"{args.text}: not UTF-8 (byte {error.start}); save the file as UTF-8") from error
     model, tokenizer = load_model(args)
     from posttrain.evaluate import perplexity
 
@@ -174,8 +180,6 @@ def _task_items(args: argparse.Namespace, tokenizer: Tokenizer) -> list[ChoiceIt
 
 
 def _save_answers(path: str, asked: Sequence[str], result: Accuracy) -> None:
-    from posttrain.atomic import atomic_write
-
     lines = [
         json.dumps({"item": item, "prediction": prediction, "correct": correct})
         for item, prediction, correct in zip(asked, result.predictions, result.correct, strict=True)

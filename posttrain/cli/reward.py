@@ -16,8 +16,8 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from posttrain.cli.common import add_model_arguments, check_data, load_model, positive_int, progress_bar
-from posttrain.cli.training import add_training_arguments, train_config
+from posttrain.cli.common import add_model_arguments, check_data, in_options, load_model, positive_int, progress_bar
+from posttrain.cli.training import TRUNCATION, add_training_arguments, train_config
 
 if TYPE_CHECKING:
     from posttrain.model.tokenizer import Tokenizer
@@ -74,8 +74,9 @@ def run(args: argparse.Namespace) -> None:
     config = train_config(args, LEARNING_RATE)
     check_data(args, ("reviews:", "positive:"))
     model, tokenizer = load_model(args)
-    pairs = _read(args.data, tokenizer, args)
-    held_out = _read(args.eval_data, tokenizer, args)[: args.eval_limit] if args.eval_data else []
+    with in_options(TRUNCATION):
+        pairs = _read(args.data, tokenizer, args)
+        held_out = _read(args.eval_data, tokenizer, args)[: args.eval_limit] if args.eval_data else []
     print(f"{len(pairs)} pairs to learn from, {len(held_out)} held out", file=sys.stderr)
     try:
         train_reward_model(

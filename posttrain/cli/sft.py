@@ -23,8 +23,8 @@ import sys
 from dataclasses import replace
 from typing import Any
 
-from posttrain.cli.common import add_model_arguments, check_data, load_model, positive_int, resolve_model
-from posttrain.cli.training import add_training_arguments, train_config
+from posttrain.cli.common import add_model_arguments, check_data, in_options, load_model, positive_int, resolve_model
+from posttrain.cli.training import LENGTH, add_training_arguments, train_config
 from posttrain.errors import PosttrainError
 
 METHODS = ("lora", "qlora", "dora", "adapter", "prefix", "prompt", "p-tuning", "ia3", "full")
@@ -127,7 +127,8 @@ def run(args: argparse.Namespace) -> None:
     config = train_config(args, recipe.learning_rate)
     check_data(args)
     model, tokenizer = load_model(args)
-    examples = load_dataset(args.data, tokenizer, args.max_length, "keep_end" if args.truncate else "error")
+    with in_options(LENGTH | {"truncation='keep_end'": "--truncate"}):
+        examples = load_dataset(args.data, tokenizer, args.max_length, "keep_end" if args.truncate else "error")
     learned = sum(example.num_labels for example in examples)
     print(f"{len(examples)} examples, {learned} tokens to learn", file=sys.stderr)
     pad_id = 0 if tokenizer.pad_id is None else tokenizer.pad_id

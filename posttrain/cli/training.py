@@ -5,10 +5,15 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from posttrain.cli.common import positive_int
+from posttrain.cli.common import in_options, positive_int
 
 if TYPE_CHECKING:
     from posttrain.trainer import TrainConfig
+
+
+# What the library's messages call an option, and the option.
+LENGTH = {"raise max_length": "raise --max-length"}
+TRUNCATION = LENGTH | {"truncation='keep_end'": "--truncation keep_end"}
 
 
 def add_training_arguments(
@@ -35,17 +40,18 @@ def train_config(args: argparse.Namespace, learning_rate: float) -> TrainConfig:
     """learning_rate: where --learning-rate is not given."""
     from posttrain.trainer import TrainConfig
 
-    return TrainConfig(
-        output_dir=args.output,
-        max_steps=args.max_steps,
-        num_train_epochs=args.epochs,
-        per_device_train_batch_size=args.batch_size,
-        gradient_accumulation_steps=args.accumulate,
-        learning_rate=learning_rate if args.learning_rate is None else args.learning_rate,
-        loraplus_lr_ratio=args.loraplus_lr_ratio,
-        warmup_ratio=args.warmup_ratio,
-        max_grad_norm=args.max_grad_norm,
-        activation_checkpointing=args.activation_checkpointing,
-        seed=args.seed,
-        save_steps=args.save_steps,
-    )
+    with in_options({"num_train_epochs": "--epochs"}):
+        return TrainConfig(
+            output_dir=args.output,
+            max_steps=args.max_steps,
+            num_train_epochs=args.epochs,
+            per_device_train_batch_size=args.batch_size,
+            gradient_accumulation_steps=args.accumulate,
+            learning_rate=learning_rate if args.learning_rate is None else args.learning_rate,
+            loraplus_lr_ratio=args.loraplus_lr_ratio,
+            warmup_ratio=args.warmup_ratio,
+            max_grad_norm=args.max_grad_norm,
+            activation_checkpointing=args.activation_checkpointing,
+            seed=args.seed,
+            save_steps=args.save_steps,
+        )

@@ -54,7 +54,7 @@ def load(
             model = CausalLM(config)
         packed = bitsandbytes.packed_linears(checkpoint)
         if packed and quantize is not None:
-            raise ValueError(f"{path} is in 4 bits already; load it with quantize=None")
+            raise ValueError(f"{path} is in 4 bits already, and is not quantized again; load it as it is, without quantize")
         _check_tensors(checkpoint, model, packed)
         statistics = {name for names in packed.values() for name in names}
         prints = Fingerprint(config)

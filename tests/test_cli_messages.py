@@ -1,0 +1,64 @@
+"""What commands say of values that cannot work: the file that was given, and options by the names they have there."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from test_cli import assert_one_error, run
+
+PAIR = '{"prompt": "a long prompt", "chosen": " b", "rejected": " c"}\n'
+
+
+def test_answers_that_cannot_be_saved_are_told_before_the_model_is_loaded(capsys, tmp_path, monkeypatch) -> None:
+    def load(*_):
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr("posttrain.cli.evaluate.load_model", load)
+    items, folder = tmp_path / "items.jsonl", tmp_path / "folder"
+    items.write_text('{"prompt": "a", "answer": "b"}\n')
+    folder.mkdir()
+    for path, message in ((folder, "is a folder; give"), (items / "x", "cannot be written"), (tmp_path / ("n" * 300), "too long")):
+        result = run(capsys, "evaluate", "--model", "offline", "--data", items, "--save", path)
+        assert_one_error(result, f"{path} ", message)
+
+
+def test_a_text_that_is_not_utf8_is_named(capsys, tmp_path) -> None:
+    text = tmp_path / "latin.txt"
+    text.write_bytes("a caf\xe9".encode("latin-1"))
+    assert_one_error(run(capsys, "evaluate", "--model", "offline", "--text", text), f"{text}: not UTF-8 (byte 5)", "save the file")
+
+
+def test_quickstart_wants_a_folder(capsys, tmp_path) -> None:
+    file = tmp_path / "file"
+    file.write_text("old")
+    assert_one_error(run(capsys, "quickstart", "--offline", "--output", file), f"{file} is a file", "give the path of a folder")
+    assert file.read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    ("command", "row", "option"),
+    [
+        ("sft", '{"prompt": "a long prompt", "completion": " b"}\n', "cut prompts with --truncate"),
+        ("dpo", PAIR, "cut prompts with --truncation keep_end"),
+        ("reward", PAIR, "cut prompts with --truncation keep_end"),
+    ],
+)
+def test_options_have_their_names(capsys, tmp_path, command, row, option) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text(row)
+    argv = [command, "--model", "offline", "--data", data, "--output", tmp_path / "out"]
+    assert_one_error(run(capsys, *argv, "--max-length", 5), "data.jsonl:1: ", f"raise --max-length, or {option}")
+    assert_one_error(run(capsys, *argv, "--epochs", -1), "--epochs is -1.0; expected more than 0")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_in_4_bits_is_not_quantized_again(capsys, tmp_path) -> None:
+    small = tmp_path / "nf4"
+    assert run(capsys, "quantize", "--model", "offline", "--output", small)[0] == 0
+    assert json.loads((small / "config.json").read_text())["quantization_config"]["load_in_4bit"]
+    again = run(capsys, "quantize", "--model", small, "--output", tmp_path / "again")
+    assert_one_error(again, f"{small} is in 4 bits already, and is not quantized again")
+    assert "None" not in again[2]
+    loaded = run(capsys, "generate", "--model", small, "--quantize", "nf4", "--prompt", "a")
+    assert_one_error(loaded, "load it as it is, without quantize")
