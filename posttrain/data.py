@@ -7,9 +7,9 @@ One row is one of
     {"messages": [{"role": "user", "content": "..."}, ...]}     loss on what the assistant says
     {"text": "..."}                                             loss on every token
 
-Other columns are passed over, but for "tools", which goes to the chat template. A completion or text in plain form
-ends with the tokenizer's end-of-sequence token. Nothing is dropped: a row that cannot be used is an error with its
-file and line.
+Other columns are passed over, but for "tools" (a list of objects, or JSON text of one), which goes to the chat template. A
+completion or text in plain form ends with the tokenizer's end-of-sequence token. Nothing is dropped: a row that cannot be
+used is an error with its file and line.
 """
 
 from __future__ import annotations
@@ -92,12 +92,11 @@ def encode(row: dict[str, Any], tokenizer: Any) -> Example:
     kinds = [k for k in ("prompt", "messages", "text") if k in row or (k == "prompt" and "completion" in row)]
     if len(kinds) != 1:
         raise ValueError(f"the columns are {', '.join(row) or 'none'}; expected {KINDS}")
-    variables = {"tools": row["tools"]} if row.get("tools") else {}
     if kinds == ["text"]:
         ids = tokenizer.encode(text_in(row, "text"), add_special_tokens=True) + _end(tokenizer)
         example = Example(ids, list(ids))
     elif kinds == ["messages"]:
-        ids, said = tokenizer.chat_with_mask(messages_in(row, "messages"), **variables)
+        ids, said = tokenizer.chat_with_mask(messages_in(row, "messages"), **template_variables(row))
         example = Example(ids, [i if mine else IGNORE_INDEX for i, mine in zip(ids, said, strict=True)])
     else:
         example = encode_completion(row, "completion", tokenizer)
@@ -110,7 +109,7 @@ def encode_completion(row: dict[str, Any], column: str, tokenizer: Any) -> Examp
     """The columns "prompt" and `column`, both text or both messages, with labels on the second. ValueError as `encode`."""
     if not isinstance(row.get("prompt"), list):
         return _join(tokenizer, text_in(row, "prompt"), text_in(row, column), special=True)
-    variables = {"tools": row["tools"]} if row.get("tools") else {}
+    variables = template_variables(row)
     prompt, completion = messages_in(row, "prompt"), messages_in(row, column)
     before = tokenizer.chat_text(prompt, add_generation_prompt=True, **variables)
     whole = tokenizer.chat_text(prompt + completion, add_generation_prompt=False, **variables)
@@ -159,6 +158,28 @@ def messages_in(row: dict[str, Any], column: str) -> list[dict[str, Any]]:
         if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
             raise ValueError(f'"{column}"[{i}] is not a message; expected {{"role": text, "content": text}}')
     return value
+
+
+def template_variables(row: dict[str, Any]) -> dict[str, Any]:
+    """What a row gives its chat template besides messages: the column "tools". ValueError where it is no list of objects."""
+    tools = row.get("tools")
+    if isinstance(tools, str):  # JSON text: tables have no column type for objects of differing keys
+        try:
+            tools = json.loads(tools)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f'"tools" is text, but not JSON: {error}; expected a list of objects') from error
+    if tools is not None and not _objects(tools):
+        raise ValueError(f'"tools" is {_short(tools)}; expected a list of objects, one a tool')
+    return {"tools": tools} if tools else {}
+
+
+def _objects(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:60] + "..."
 
 
 def fit(example: Example, max_length: int | None, truncation: str = "error", bos_id: int | None = None) -> Example:

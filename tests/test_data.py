@@ -8,9 +8,11 @@ import pytest
 from byte_tokenizer import byte_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
+from make_gguf import CHAT_TEMPLATE
 
 from posttrain.data import Example, encode, fit, load_dataset
 from posttrain.errors import PosttrainError
+from posttrain.rl.prompts import encode_prompt
 
 TOKENIZER = byte_tokenizer()
 ASK = [{"role": "user", "content": "hi"}]
@@ -60,6 +62,23 @@ def test_the_prompt_is_tokenized_as_at_inference_even_where_a_token_would_cross_
     assert example.num_labels == 2
 
 
+TOOLS = [{"type": "function", "function": {"name": "add"}}, {"type": "function", "function": {"name": "dot"}}]
+WITH_TOOLS = "{% for tool in tools or [] %}[{{ tool.function.name }}]{% endfor %}" + CHAT_TEMPLATE
+
+
+@pytest.mark.parametrize("tools", [TOOLS, json.dumps(TOOLS)], ids=["list", "JSON text"])
+def test_tools_reach_the_template_as_objects(tools):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = WITH_TOOLS
+    rows = {"messages": ASK + ANSWER}, {"prompt": ASK, "completion": ANSWER}
+    plain = whole(encode(rows[0], tokenizer))
+    assert [whole(encode({**row, "tools": tools}, tokenizer)) for row in rows] == ["[add][dot]" + plain] * 2
+    prompt = encode_prompt({"prompt": ASK, "tools": tools}, tokenizer)
+    assert prompt.ids == [*tokenizer.encode("[add][dot]"), *TOKENIZER.chat(ASK)] and prompt.columns == {}
+    for none in (None, [], "null", "[]"):
+        assert whole(encode({**rows[0], "tools": none}, tokenizer)) == plain
+
+
 def write(tmp_path, *rows):
     file = tmp_path / "data.jsonl"
     lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
@@ -102,6 +121,11 @@ def test_load_reads_every_row_but_blank_lines(tmp_path):
         ({"messages": [{"role": "user"}]}, r'"messages"\[0\] is not a message'),
         ({"messages": [*ASK, {"role": "assistant", "content": 1}]}, r'"messages"\[1\] is not a message'),
         ({"messages": ASK}, "nothing to learn"),
+        ({"messages": ASK + ANSWER, "tools": "add"}, '"tools" is text, but not JSON'),
+        ({"messages": ASK + ANSWER, "tools": "[" * 100_000}, '"tools" is text, but not JSON'),
+        ({"messages": ASK + ANSWER, "tools": '{"name": "add"}'}, '"tools" is {"name": "add"}; expected a list of objects'),
+        ({"messages": ASK + ANSWER, "tools": {}}, '"tools" is {}; expected a list of objects'),
+        ({"prompt": ASK, "completion": ANSWER, "tools": ["add"]}, r'"tools" is \["add"\]; expected a list of objects'),
     ],
 )
 def test_a_wrong_row_is_named_with_file_and_line(tmp_path, row, message):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from posttrain.data import messages_in, read_jsonl, text_in
+from posttrain.data import messages_in, read_jsonl, template_variables, text_in
 from posttrain.errors import PosttrainError
 
 KINDS = '"prompt" (text or messages), and the columns that the reward reads, such as "answer"'
@@ -47,8 +47,7 @@ def encode_prompt(row: dict[str, Any], tokenizer: Any) -> Prompt:
     given = row.get("prompt")
     columns = {name: value for name, value in row.items() if name not in ("prompt", "tools")}
     if isinstance(given, list):
-        variables = {"tools": row["tools"]} if row.get("tools") else {}
-        text = tokenizer.chat_text(messages_in(row, "prompt"), add_generation_prompt=True, **variables)
+        text = tokenizer.chat_text(messages_in(row, "prompt"), add_generation_prompt=True, **template_variables(row))
         return Prompt(tokenizer.encode(text), given, columns)
     ids = tokenizer.encode(text_in(row, "prompt"), add_special_tokens=True)
     if not ids:
