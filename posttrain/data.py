@@ -149,15 +149,37 @@ def text_in(row: dict[str, Any], column: str) -> str:
 
 
 def messages_in(row: dict[str, Any], column: str) -> list[dict[str, Any]]:
-    """The messages of a row's column, at least one. ValueError where it holds something else."""
+    """The messages of a row's column, at least one. ValueError where it holds something else.
+
+    Content is text, or a list of parts {"type": "text", "text": ...}; beside "tool_calls" it may be null or missing.
+    """
     value = row.get(column)
     if not isinstance(value, list) or not value:
         found = "is missing" if column not in row else "is empty" if value == [] else f"is a {type(value).__name__}"
         raise ValueError(f'"{column}" {found}; expected a list of messages')
     for i, message in enumerate(value):
-        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise ValueError(f'"{column}"[{i}] is not a message; expected {{"role": text, "content": text}}')
+        if problem := _content_problem(message):
+            raise ValueError(f'"{column}"[{i}] {problem}')
     return value
+
+
+def _content_problem(message: dict[str, Any]) -> str | None:
+    content, calls = message.get("content"), message.get("tool_calls")
+    if calls is not None and not _objects(calls):
+        return f'has "tool_calls" {_short(calls)}; expected a list of objects'
+    if isinstance(content, list):
+        wrong = [part for part in content if not _is_text_part(part)]
+        part = '{"type": "text", "text": text}; models here read text alone'
+        return f"has the content part {_short(wrong[0])}; expected {part}" if wrong else None
+    if isinstance(content, str) or (content is None and calls):
+        return None
+    return 'is not a message; expected {"role": text, "content": text}, or "tool_calls" for the content'
+
+
+def _is_text_part(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
 def template_variables(row: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from make_gguf import CHAT_TEMPLATE
 
 from posttrain.data import Example, encode, fit, load_dataset
 from posttrain.errors import PosttrainError
+from posttrain.preference.data import encode_pair
 from posttrain.rl.prompts import encode_prompt
 
 TOKENIZER = byte_tokenizer()
@@ -79,6 +80,38 @@ def test_tools_reach_the_template_as_objects(tools):
         assert whole(encode({**rows[0], "tools": none}, tokenizer)) == plain
 
 
+CALL = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]}
+WITH_CALLS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content if m.content is defined else '' }}"
+    "{% for call in m.tool_calls or [] %}<{{ call.function.name }} {{ call.function.arguments | tojson }}>{% endfor %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_calls_of_tools_are_learned_without_content():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = WITH_CALLS
+    said = '<add {"a": 1}><|im_end|>\n'
+    result = {"role": "tool", "content": "2"}
+    for call in (CALL, {**CALL, "content": None}, {**CALL, "content": ""}):
+        assert learned(encode({"prompt": ASK, "completion": [call]}, tokenizer)) == said
+        assert learned(encode({"messages": [*ASK, call, result, *ANSWER]}, tokenizer)) == said + "yo<|im_end|>\n"
+        pair = encode_pair({"prompt": ASK, "chosen": [call], "rejected": ANSWER}, tokenizer)
+        assert tokenizer.decode(pair.chosen, skip_special_tokens=False) == said
+
+
+def test_content_in_text_parts_goes_to_the_template_as_it_is():
+    tokenizer = byte_tokenizer()
+    parts = [[{"type": "text", "text": text} for text in message["content"]] for message in (*ASK, *ANSWER)]
+    row = {"messages": [{**m, "content": p} for m, p in zip(ASK + ANSWER, parts, strict=True)]}
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("message['content']", "message['content'] | map(attribute='text') | join")
+    assert encode(row, tokenizer) == encode({"messages": ASK + ANSWER}, TOKENIZER)
+    for text_alone in (CHAT_TEMPLATE, CHAT_TEMPLATE.replace(" + message['content'] + ", " ~ message['content'] ~ ")):
+        tokenizer.chat_template = text_alone
+        with pytest.raises(ValueError, match="not every template takes content in parts: give it as text"):
+            encode(row, tokenizer)
+
+
 def write(tmp_path, *rows):
     file = tmp_path / "data.jsonl"
     lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
@@ -120,6 +153,12 @@ def test_load_reads_every_row_but_blank_lines(tmp_path):
         ({"messages": []}, '"messages" is empty'),
         ({"messages": [{"role": "user"}]}, r'"messages"\[0\] is not a message'),
         ({"messages": [*ASK, {"role": "assistant", "content": 1}]}, r'"messages"\[1\] is not a message'),
+        ({"messages": [*ASK, {"role": "assistant", "content": None}]}, r'"messages"\[1\] is not a message; .* "tool_calls"'),
+        ({"messages": [*ASK, {**CALL, "tool_calls": []}]}, r'"messages"\[1\] is not a message'),
+        ({"messages": [*ASK, {**CALL, "tool_calls": ["add"]}]}, r'"tool_calls" \["add"\]; expected a list of objects'),
+        ({"messages": [*ASK, {**CALL, "content": ""}]}, "the chat template does not write tool_calls"),
+        ({"messages": [{**ASK[0], "content": [{"type": "image"}]}, *ANSWER]}, r'\[0\] has the content part {"type": "image"}'),
+        ({"messages": [{**ASK[0], "content": ["hi"]}, *ANSWER]}, r'\[0\] has the content part "hi"'),
         ({"messages": ASK}, "nothing to learn"),
         ({"messages": ASK + ANSWER, "tools": "add"}, '"tools" is text, but not JSON'),
         ({"messages": ASK + ANSWER, "tools": "[" * 100_000}, '"tools" is text, but not JSON'),

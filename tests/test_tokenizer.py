@@ -133,6 +133,12 @@ def test_rendering_leaves_the_messages_alone(folder):
     assert json.dumps(TALK) == before
 
 
+def test_null_is_missing():
+    template = "{% for m in messages %}{{ m.content if m.content is defined else 'no' }}{{ m.name }}{% endfor %}"
+    messages = [{"role": "user", "content": None, "name": "ann"}, {"role": "user", "content": "yes", "name": None}]
+    assert chat_template.render(template, messages) == "noannyes"
+
+
 def test_extras():
     assert chat_template.render("{{ {'a': '<é>'} | tojson }}", []) == '{"a": "<é>"}'
     assert chat_template.render("{{ [1] | tojson(indent=1) }}", []) == "[\n 1\n]"

@@ -22,6 +22,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 Message = dict[str, Any]
 Span = tuple[int, int]
 
+_PARTS = "; not every template takes content in parts: give it as text"
+
 
 def render(template: str, messages: Sequence[Message], add_generation_prompt: bool = False, **variables: Any) -> str:
     """`template` applied to `messages`, each {"role": ..., "content": ...}. ValueError if the template refuses them."""
@@ -30,6 +32,9 @@ def render(template: str, messages: Sequence[Message], add_generation_prompt: bo
 
 def render_with_spans(template: str, messages: Sequence[Message], **variables: Any) -> tuple[str, list[Span]]:
     """The text, and the character spans of it that {% generation %} blocks produced (what the assistant wrote)."""
+    # As transformers: a key of null is a missing one (templates ask `is defined`, and would write None).
+    messages = [{k: v for k, v in m.items() if v is not None} if isinstance(m, dict) else m for m in messages]
+    parts = [m["content"] for m in messages if isinstance(m, dict) and isinstance(m.get("content"), list)]
     # A fresh random mark for every call: no message can contain it, so only the template can have put it there.
     mark = secrets.token_hex(16)
     try:
@@ -37,8 +42,12 @@ def render_with_spans(template: str, messages: Sequence[Message], **variables: A
     except (jinja2.TemplateError, TypeError, ArithmeticError, LookupError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"the chat template cannot render these {len(messages)} messages "
-            f"(roles {[_role(message) for message in messages][:8]}): {error}"
+            f"(roles {[_role(message) for message in messages][:8]}): {error}" + (_PARTS if parts else "")
         ) from error
+    if any(str(content) in marked for content in parts if content):
+        raise ValueError(f"the chat template writes a list of content parts as Python would{_PARTS}")
+    if "tool_calls" not in template and any(isinstance(m, dict) and m.get("tool_calls") for m in messages):
+        raise ValueError("the chat template does not write tool_calls; use a model whose template does, or messages without")
     pieces = marked.split(mark)
     spans, position = [], 0
     for i, piece in enumerate(pieces):

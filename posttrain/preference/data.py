@@ -128,7 +128,7 @@ def _encode(row: dict[str, Any], column: str, tokenizer: Any) -> tuple[list[int]
     completion = row[column]
     if isinstance(completion, list) and not isinstance(row["prompt"], list):
         raise ValueError(f'"prompt" is text and "{column}" a conversation; give both as messages, or leave "prompt" out')
-    if isinstance(completion, list) and not any(m["content"] or m.get("tool_calls") for m in messages_in(row, column)):
+    if isinstance(completion, list) and not any(m.get("content") or m.get("tool_calls") for m in messages_in(row, column)):
         raise ValueError(f'"{column}" is empty: its messages have no content')
     example = encode_completion(row, column, tokenizer)
     length = sum(label == IGNORE_INDEX for label in example.labels)
