@@ -8,8 +8,8 @@ One row is one of
     {"text": "..."}                                             loss on every token
 
 Other columns are passed over, but for "tools" (a list of objects, or JSON text of one), which goes to the chat template. A
-completion or text in plain form ends with the tokenizer's end-of-sequence token. Nothing is dropped: a row that cannot be
-used is an error with its file and line.
+completion or text in plain form ends with one end-of-sequence token, written out or added. Nothing is dropped: a row that
+cannot be used is an error with its file and line.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def encode(row: dict[str, Any], tokenizer: Any) -> Example:
     if len(kinds) != 1:
         raise ValueError(f"the columns are {', '.join(row) or 'none'}; expected {KINDS}")
     if kinds == ["text"]:
-        ids = tokenizer.encode(text_in(row, "text"), add_special_tokens=True) + _end(tokenizer)
+        ids = _ended(tokenizer.encode(text_in(row, "text"), add_special_tokens=True), tokenizer)
         example = Example(ids, list(ids))
     elif kinds == ["messages"]:
         ids, said = tokenizer.chat_with_mask(messages_in(row, "messages"), **template_variables(row))
@@ -129,12 +129,13 @@ def _join(tokenizer, prompt: str, completion: str, special: bool) -> Example:
     before = tokenizer.encode(prompt, add_special_tokens=special)
     both = tokenizer.encode(prompt + completion, add_special_tokens=special)
     after = both[len(before) :] if both[: len(before)] == before else tokenizer.encode(completion)
-    after = after + _end(tokenizer) if special else after
+    after = _ended(after, tokenizer) if special else after
     return Example(before + after, [IGNORE_INDEX] * len(before) + after)
 
 
-def _end(tokenizer) -> list[int]:
-    return [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+def _ended(ids: list[int], tokenizer) -> list[int]:
+    """The ids with the end-of-sequence token last, once: the text may have it written out already."""
+    return ids if tokenizer.eos_id is None or ids[-1:] == [tokenizer.eos_id] else [*ids, tokenizer.eos_id]
 
 
 def text_in(row: dict[str, Any], column: str) -> str:

@@ -41,6 +41,15 @@ def test_text_is_learned_whole():
     assert example.num_labels == 3  # nothing predicts the first
 
 
+def test_text_that_ends_in_the_end_of_sequence_token_gets_no_second_one():
+    for end in ("", "<|im_end|>"):
+        assert whole(encode({"prompt": "a", "completion": "b" + end}, TOKENIZER)) == "ab<|im_end|>"
+        assert whole(encode({"text": "ab" + end}, TOKENIZER)) == "ab<|im_end|>"
+        assert encode_pair({"prompt": "a", "chosen": "b" + end, "rejected": "c"}, TOKENIZER).chosen[1:] == [TOKENIZER.eos_id]
+    assert whole(encode({"text": "a<|im_end|>b"}, TOKENIZER)) == "a<|im_end|>b<|im_end|>"
+    assert whole(encode({"prompt": "a<|im_end|>", "completion": "b"}, TOKENIZER)) == "a<|im_end|>b<|im_end|>"
+
+
 def test_a_beginning_of_sequence_token_goes_before_plain_text_and_is_not_learned():
     tokenizer = byte_tokenizer(bos=True)
     example = encode({"prompt": "ab", "completion": "c"}, tokenizer)
