@@ -7,9 +7,10 @@ One row is one of
     {"messages": [{"role": "user", "content": "..."}, ...]}     loss on what the assistant says
     {"text": "..."}                                             loss on every token
 
-Other columns are passed over, but for "tools" (a list of objects, or JSON text of one), which goes to the chat template. A
-completion or text in plain form ends with one end-of-sequence token, written out or added. Nothing is dropped: a row that
-cannot be used is an error with its file and line.
+Other columns are passed over, but for two that go to the chat template: "tools" (a list of objects, or JSON text of one)
+and "chat_template_kwargs" (an object of further variables, such as enable_thinking). A completion or text in plain form ends
+with one end-of-sequence token, written out or added. Nothing is dropped: a row that cannot be used is an error with its file
+and line.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from typing import Any
 from .errors import PosttrainError
 
 IGNORE_INDEX = -100
+# Names that mean something to those who call the template, or have a column.
+_TAKEN = {"self", "messages", "add_generation_prompt", "tools", "template", "chat_template", "generation_mark"}
 KINDS = '"prompt" and "completion", or "messages", or "text"'
 
 
@@ -184,7 +187,8 @@ def _is_text_part(part: Any) -> bool:
 
 
 def template_variables(row: dict[str, Any]) -> dict[str, Any]:
-    """What a row gives its chat template besides messages: the column "tools". ValueError where it is no list of objects."""
+    """What a row gives its chat template besides messages: "tools", and what is in "chat_template_kwargs". ValueError where
+    the one is no list of objects, or the other no object of names that are free."""
     tools = row.get("tools")
     if isinstance(tools, str):  # JSON text: tables have no column type for objects of differing keys
         try:
@@ -193,7 +197,12 @@ def template_variables(row: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f'"tools" is text, but not JSON: {error}; expected a list of objects') from error
     if tools is not None and not _objects(tools):
         raise ValueError(f'"tools" is {_short(tools)}; expected a list of objects, one a tool')
-    return {"tools": tools} if tools else {}
+    variables = row.get("chat_template_kwargs")
+    if not isinstance(variables, dict | None):
+        raise ValueError(f'"chat_template_kwargs" is {_short(variables)}; expected an object, such as {{"enable_thinking": false}}')
+    if taken := _TAKEN & (variables or {}).keys():
+        raise ValueError(f'"chat_template_kwargs" has "{min(taken)}", which is not for a row to say there; leave it out')
+    return ({"tools": tools} if tools else {}) | (variables or {})
 
 
 def _objects(value: Any) -> bool:

@@ -89,6 +89,19 @@ def test_tools_reach_the_template_as_objects(tools):
         assert whole(encode({**rows[0], "tools": none}, tokenizer)) == plain
 
 
+def test_chat_template_kwargs_reach_the_template():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{{ 'think ' if enable_thinking }}" + WITH_TOOLS
+    rows = {"messages": ASK + ANSWER}, {"prompt": ASK, "completion": ANSWER}
+    plain = whole(encode(rows[0], tokenizer))
+    for value, before in (({"enable_thinking": True}, "think "), ({"enable_thinking": False}, ""), ({}, ""), (None, "")):
+        given = {"chat_template_kwargs": value}
+        assert [whole(encode(row | given, tokenizer)) for row in rows] == [before + plain] * 2
+        assert whole(encode(rows[0] | given | {"tools": TOOLS}, tokenizer)) == before + "[add][dot]" + plain
+        prompt = encode_prompt({"prompt": ASK} | given, tokenizer)
+        assert prompt.ids == [*tokenizer.encode(before), *TOKENIZER.chat(ASK)] and prompt.columns == {}
+
+
 CALL = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]}
 WITH_CALLS = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content if m.content is defined else '' }}"
@@ -168,6 +181,10 @@ def test_load_reads_every_row_but_blank_lines(tmp_path):
         ({"messages": [*ASK, {**CALL, "content": ""}]}, "the chat template does not write tool_calls"),
         ({"messages": [{**ASK[0], "content": [{"type": "image"}]}, *ANSWER]}, r'\[0\] has the content part {"type": "image"}'),
         ({"messages": [{**ASK[0], "content": ["hi"]}, *ANSWER]}, r'\[0\] has the content part "hi"'),
+        ({"messages": ASK + ANSWER, "chat_template_kwargs": "x"}, '"chat_template_kwargs" is "x"; expected an object'),
+        ({"messages": ASK + ANSWER, "chat_template_kwargs": [1]}, r'"chat_template_kwargs" is \[1\]; expected an object'),
+        ({"messages": ASK + ANSWER, "chat_template_kwargs": {"messages": []}}, 'has "messages", which is not for a row'),
+        ({"prompt": ASK, "completion": ANSWER, "chat_template_kwargs": {"self": 1}}, 'has "self", which is not for a row'),
         ({"messages": ASK}, "nothing to learn"),
         ({"messages": ASK + ANSWER, "tools": "add"}, '"tools" is text, but not JSON'),
         ({"messages": ASK + ANSWER, "tools": "[" * 100_000}, '"tools" is text, but not JSON'),

@@ -5,7 +5,8 @@ One row of preferences is one of
     {"prompt": "...", "chosen": "...", "rejected": "..."}       plain text, or lists of messages (a conversation)
     {"chosen": "...", "rejected": "..."}                        the prompt is what both begin with: their shared messages, or
                                                                 the words before the first that differs
-and may have "margin", a number, by how much the chosen one is better (reward models), and "tools". Without pairs (KTO):
+and may have "margin", a number, by how much the chosen one is better (reward models), and what posttrain.data passes on to
+chat templates. Without pairs (KTO):
 
     {"prompt": "...", "completion": "...", "label": true}       label: is this completion desirable
 

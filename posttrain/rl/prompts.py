@@ -45,7 +45,7 @@ def load_prompts(path: str | os.PathLike, tokenizer: Any, max_length: int | None
 def encode_prompt(row: dict[str, Any], tokenizer: Any) -> Prompt:
     """One row, through a posttrain.model.Tokenizer. ValueError where the prompt is missing, empty or of another type."""
     given = row.get("prompt")
-    columns = {name: value for name, value in row.items() if name not in ("prompt", "tools")}
+    columns = {name: value for name, value in row.items() if name not in ("prompt", "tools", "chat_template_kwargs")}
     if isinstance(given, list):
         text = tokenizer.chat_text(messages_in(row, "prompt"), add_generation_prompt=True, **template_variables(row))
         return Prompt(tokenizer.encode(text), given, columns)
