@@ -262,6 +262,18 @@ def test_a_model_is_not_written_over_the_current_folder(capsys, tmp_path, monkey
     assert (tmp_path / "here" / "q" / "tokenizer.json").is_file() and not (tmp_path / "here" / "tokenizer.json").exists()
 
 
+def test_token_writer_keeps_the_space_after_a_token_without_text(capsys) -> None:
+    class Words:
+        def decode(self, ids) -> str:  # of words with markers: the space before the first is not part of the text
+            return "".join(["", " a", " b"][i] for i in ids).removeprefix(" ")
+
+    writer = cli.generate.TokenWriter(Words())
+    for token in (0, 1, 0, 0, 2, 1):
+        writer(0, token)
+    writer.finish()
+    assert capsys.readouterr().out == "a b a\n"
+
+
 def test_sft_merge_quantize_evaluate_together(capsys, tmp_path) -> None:
     """A few steps of training; the adapter, the merged folder and its 4-bit copy answer as they should."""
     data, adapter = tmp_path / "train.jsonl", tmp_path / "adapter"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import tokenizers
 import torch
@@ -70,6 +72,14 @@ def test_text_that_the_draft_cannot_say_is_shown_in_its_spelling():
     abba, other = (target.backend.token_to_id(token) for token in ("abba", "<other>"))
     spelled = draft.encode("abba")
     assert len(spelled) > 1 and found.to_draft([abba, 1]) == [*spelled, 1] and len(found.to_draft([other])) == 1
+    assert len(found.to_draft([target.vocab_size + 5])) == 1  # a row of the model's embedding that no token has
+
+
+def test_a_token_after_holes_in_the_vocabulary_has_its_spelling():
+    content = json.loads(byte_level([*WORDS, "abba"]).backend.to_str())
+    content["model"]["vocab"]["abba"] = 900
+    target, draft = Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(content))), byte_level(WORDS)
+    assert match(target, draft, 901, draft.vocab_size).to_draft([900]) == draft.encode("abba")
 
 
 def test_greedy_tokens_through_another_vocabulary():

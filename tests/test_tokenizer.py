@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 from make_gguf import gguf_bytes, tiny_llama
@@ -72,10 +73,15 @@ def test_text_comes_back(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=False) == text
 
 
-def test_ids_outside_the_vocabulary(tokenizer):
-    for wrong in (-1, 262):
-        with pytest.raises(ValueError, match=f"token id {wrong} is outside the vocabulary of 262"):
-            tokenizer.decode([5, wrong])
+def test_ids_without_a_token_have_no_text(folder, tokenizer):
+    hell = tokenizer.backend.token_to_id("hell")
+    assert tokenizer.decode([hell, 262, 100_000, hell]) == "hellhell" and tokenizer.decode([262]) == tokenizer.decode([]) == ""
+    with pytest.raises(ValueError, match="-1 is no token id; expected ids from 0 on"):
+        tokenizer.decode([5, -1])
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["vocab"]["hell"] = 400  # holes before it
+    holed = Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(content)))
+    assert holed.vocab_size <= 400 and holed.encode("hell") == [400] and holed.decode([400, 300, 400]) == "hellhell"
 
 
 def test_chat_by_hand(tokenizer):

@@ -122,6 +122,8 @@ class TokenWriter:
     def _write(self, final: bool) -> None:
         before = self.tokenizer.decode(self.ids[self.context : self.printed])
         text = self.tokenizer.decode(self.ids[self.context :])
+        if text == before:  # a token without text: it cannot be what the next ones are joined to
+            return
         if final or not text.endswith("\N{REPLACEMENT CHARACTER}"):
             print(text[len(before) :], end="", flush=True)
             self.context, self.printed = self.printed, len(self.ids)

@@ -21,7 +21,8 @@ _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
 class Tokenizer:
-    """bos_id, eos_id, pad_id: int or None. chat_template: Jinja source or None. vocab_size counts added tokens."""
+    """bos_id, eos_id, pad_id: int or None. chat_template: Jinja source or None. vocab_size counts the tokens, added
+    ones too; with holes in the vocabulary, ids may be larger."""
 
     def __init__(
         self, backend: tokenizers.Tokenizer, special: dict[str, str] | None = None, chat_template: str | None = None
@@ -73,9 +74,10 @@ class Tokenizer:
         return [e.ids for e in self.backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Text of `ids`. Bytes that are not UTF-8 become U+FFFD; ids beyond the vocabulary a ValueError."""
-        if wrong := next((i for i in ids if not 0 <= i < self.vocab_size), None):
-            raise ValueError(f"token id {wrong} is outside the vocabulary of {self.vocab_size}")
+        """Text of `ids`. Bytes that are not UTF-8 become U+FFFD. Ids without a token have no text: a model may have more
+        embedding rows than there are tokens, and an untrained one draws them. ValueError for a negative id."""
+        if (lowest := min(ids, default=0)) < 0:
+            raise ValueError(f"{lowest} is no token id; expected ids from 0 on")
         return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     def chat(self, messages: Sequence[Message], add_generation_prompt: bool = True, **variables: Any) -> list[int]:

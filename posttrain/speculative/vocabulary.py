@@ -44,7 +44,7 @@ class VocabularyMap:
         for token in tokens:
             if token not in self._spelling:
                 target, draft = self._tokenizers
-                text = target.decode([token]) if token < target.vocab_size else ""
+                text = target.decode([token])
                 # Special tokens and padding have no text: shown as whichever is shared.
                 self._spelling[token] = draft.encode(text, add_special_tokens=False) or self.draft_ids[:1].tolist()
             ids += self._spelling[token]
