@@ -274,6 +274,16 @@ def test_token_writer_keeps_the_space_after_a_token_without_text(capsys) -> None
     assert capsys.readouterr().out == "a b a\n"
 
 
+def test_chat_templates_go_with_the_weights(tmp_path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    target.mkdir()
+    for name in ("chat_template.jinja", "additional_chat_templates/tool_use.jinja"):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text(name)
+    cli.quantize.copy_tokenizer(source, target)
+    assert all((target / name).read_text() == name for name in ("chat_template.jinja", "additional_chat_templates/tool_use.jinja"))
+
+
 def test_sft_merge_quantize_evaluate_together(capsys, tmp_path) -> None:
     """A few steps of training; the adapter, the merged folder and its 4-bit copy answer as they should."""
     data, adapter = tmp_path / "train.jsonl", tmp_path / "adapter"

@@ -118,6 +118,8 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
+    if (templates := source / "additional_chat_templates").is_dir():
+        shutil.copytree(templates, target / templates.name, dirs_exist_ok=True)
 
 
 def write_checkpoint(
