@@ -162,16 +162,57 @@ def copy(folder, tmp_path, **changes):
     return tmp_path
 
 
-def test_where_templates_and_special_tokens_come_from(folder, tmp_path):
-    named = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}]
+def test_where_special_tokens_come_from(folder, tmp_path):
     eos = {"content": "<|endoftext|>", "lstrip": False}
-    path = copy(folder, tmp_path, chat_template=named, bos_token=None, eos_token=eos)
+    path = copy(folder, tmp_path, bos_token=None, eos_token=eos, chat_template="{{ bos_token }}")
+    assert (Tokenizer.load(path).bos_id, Tokenizer.load(path).eos_id) == (None, 0)
     older = {"bos_token": {"content": "<|im_end|>"}, "eos_token": "hell"}
     (path / "special_tokens_map.json").write_text(json.dumps(older))
     tokenizer = Tokenizer.load(path)
-    assert (tokenizer.chat_text([]), tokenizer.bos_id, tokenizer.eos_id) == ("D", 2, 0)
-    (path / "chat_template.jinja").write_text("J{{ bos_token }}")
-    assert Tokenizer.load(path).chat_text([]) == "J<|im_end|>"
+    hell = tokenizer.backend.token_to_id("hell")
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.chat_text([])) == (2, hell, "<|im_end|>")
+    tokenizer = Tokenizer.load(copy(folder, tmp_path, bos_token=None, eos_token=eos, added_tokens_decoder={}))
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (None, 0)  # the older file no longer counts
+
+
+def test_named_templates(folder, tmp_path):
+    tools = [{"type": "function"}]
+    named = [{"name": "tool_use", "template": "T{{ tools | length }}"}, {"name": "default", "template": "D"}]
+    for templates in (named, {entry["name"]: entry["template"] for entry in named}):
+        tokenizer = Tokenizer.load(copy(folder, tmp_path, chat_template=templates))
+        assert [tokenizer.chat_text([], tools=some) for some in (None, tools)] == ["D", "T1"] and tokenizer.chat_text([]) == "D"
+    tokenizer = Tokenizer.load(copy(folder, tmp_path, chat_template={"default": "D"}))
+    assert tokenizer.chat_text([], tools=tools) == "D"
+    with pytest.raises(ValueError, match='the chat templates are rag; expected one called "default"'):
+        Tokenizer.load(copy(folder, tmp_path, chat_template={"rag": "R"})).chat_text([])
+    (tmp_path / "chat_template.jinja").write_text("J{{ bos_token }}")
+    assert Tokenizer.load(tmp_path).chat_text([], tools=tools) == "J<|im_start|>"
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("A{% for m in messages %}{{ m.content }}{% endfor %}")
+    tokenizer = Tokenizer.load(tmp_path)
+    assert (tokenizer.chat_text([]), tokenizer.chat_text([], tools=tools)) == ("J<|im_start|>", "A")
+    assert tokenizer.chat_with_mask(TALK[:2], tools=tools)[0] == tokenizer.encode("A" + TALK[0]["content"] + TALK[1]["content"])
+
+
+NEW = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False, "special": True}
+CONFIGURED = {
+    "added_tokens_decoder": {"300": {"content": "<new>", **NEW}, "270": {"content": "<b>", **NEW, "lstrip": True}},
+    "pad_token": "[PAD]",
+    "sep_token": "<sep>",
+    "image_token": {"content": "hell", **NEW, "__type": "AddedToken"},
+    "extra_special_tokens": {"boi": "he"},
+    "chat_template": "{{ sep_token }}|{{ image_token }}|{{ boi }}|{{ cls_token }}|{{ messages | length }}",
+}
+
+
+def test_tokens_that_the_configuration_adds(folder, tmp_path):
+    tokenizer = Tokenizer.load(copy(folder, tmp_path, **CONFIGURED))
+    assert tokenizer.encode("<new> <b>[PAD]<sep>") == [263, 262, 265, 264]
+    assert tokenizer.vocab_size == 266 and tokenizer.pad_id is None
+    assert tokenizer.chat_text([]) == "<sep>|hell|he||0"
+    assert tokenizer.decode(tokenizer.encode("hell, hello")) == ", o"  # a word of the vocabulary that is special now
+    extra = Tokenizer.load(copy(folder, tmp_path, additional_special_tokens=["<x>", {"content": "<y>"}]))
+    assert extra.encode("<y><x>") == [263, 262]
 
 
 def test_faults_are_named(folder, tmp_path):
@@ -179,8 +220,16 @@ def test_faults_are_named(folder, tmp_path):
         Tokenizer.load(tmp_path)
     with pytest.raises(ValueError, match="bos_token is '<none>', which is not in the vocabulary"):
         Tokenizer.load(copy(folder, tmp_path, bos_token="<none>"))
+    with pytest.raises(ValueError, match=r"added_tokens_decoder is .*; expected \{"):
+        Tokenizer.load(copy(folder, tmp_path, added_tokens_decoder={"300": {"contents": "<new>"}}))
+    for template in ([{"nme": "default"}], ["D"], {"default": 3}, 3):
+        with pytest.raises(ValueError, match=r"chat_template is .*; expected text, or several as \[\{"):
+            Tokenizer.load(copy(folder, tmp_path, chat_template=template))
     with pytest.raises(ValueError, match="no chat template"):
         Tokenizer.load(copy(folder, tmp_path, chat_template=None)).chat(TALK)
+    (tmp_path / "tokenizer_config.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="tokenizer_config.json is not JSON"):
+        Tokenizer.load(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(ValueError, match="tokenizer_config.json is not JSON"):
         Tokenizer.load(tmp_path)
@@ -214,6 +263,27 @@ def assert_same(ours, theirs):
 def test_equals_transformers(folder):
     transformers = pytest.importorskip("transformers")
     assert_same(Tokenizer.load(folder), transformers.AutoTokenizer.from_pretrained(folder))
+
+
+@pytest.mark.peers
+def test_equals_transformers_where_the_configuration_adds(folder, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    named = {"default": "D", "tool_use": "{{ tools | tojson }}"}
+    tools, text = [{"type": "function", "function": {"name": "add"}}], "hello <new> <b>[PAD]<sep> <x>he"
+    older = {"bos_token": "<|im_end|>", "eos_token": "hell"}
+    for changes in ({}, CONFIGURED, {"extra_special_tokens": ["<x>", "<b>"]}, {"pad_token": "[PAD]", "chat_template": named}):
+        path = copy(folder, tmp_path, **changes)
+        for _ in range(2):
+            ours, theirs = Tokenizer.load(path), transformers.AutoTokenizer.from_pretrained(path)
+            assert ours.encode(text) == theirs.encode(text, add_special_tokens=False)
+            assert ours.vocab_size == len(theirs) and ours.decode([5, 999, 5]) == theirs.decode([5, 999, 5])
+            assert (ours.bos_id, ours.eos_id) == (theirs.bos_token_id, theirs.eos_token_id)
+            for some in (None, tools):
+                assert ours.chat_text(TALK, tools=some) == theirs.apply_chat_template(
+                    TALK, tools=some, tokenize=False, add_generation_prompt=True
+                )
+            (path / "special_tokens_map.json").write_text(json.dumps(older))
+        (path / "special_tokens_map.json").unlink()
 
 
 @pytest.mark.peers

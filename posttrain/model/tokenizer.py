@@ -1,14 +1,15 @@
 """A Hugging Face tokenizer directory: tokenizer.json through `tokenizers`, special tokens, chat template.
 
-Reads tokenizer.json, tokenizer_config.json, special_tokens_map.json (older models) and chat_template.jinja (newer
-ones). Ids are those of transformers' AutoTokenizer on the same directory.
+Reads tokenizer.json, tokenizer_config.json, special_tokens_map.json (older models), chat_template.jinja and
+additional_chat_templates/ (newer ones). Ids are those of transformers' AutoTokenizer on the same directory, except that
+special tokens written in text are recognised even where the configuration says `split_special_tokens`.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +18,35 @@ import tokenizers
 from posttrain.model import chat_template
 from posttrain.model.chat_template import Message, Span
 
-_SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
+_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 class Tokenizer:
-    """bos_id, eos_id, pad_id: int or None. chat_template: Jinja source or None. vocab_size counts the tokens, added
-    ones too; with holes in the vocabulary, ids may be larger."""
+    """bos_id, eos_id, pad_id: int or None. chat_template: Jinja source, several by their names, or None."""
 
     def __init__(
-        self, backend: tokenizers.Tokenizer, special: dict[str, str] | None = None, chat_template: str | None = None
+        self,
+        backend: tokenizers.Tokenizer,
+        special: dict[str, str] | None = None,
+        chat_template: str | dict[str, str] | None = None,
     ) -> None:
-        """`special` maps bos_token, eos_token, pad_token, unk_token to their text."""
+        """`special` maps bos_token, eos_token, pad_token and other names, which templates may use, to their text."""
         self.backend = backend
         self.special = special or {}
         self.chat_template = chat_template
         # tokenizer.json may carry the padding and truncation of whoever saved it; every text here is encoded whole.
         backend.no_padding()
         backend.no_truncation()
-        self.bos_id, self.eos_id, self.pad_id = (self._special_id(name) for name in _SPECIAL[:3])
-        self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
+        self.bos_id, self.eos_id = self._special_id("bos_token"), self._special_id("eos_token")
+        # Some name a padding token that is only about to be added: the model has no row for its id, so it pads nothing.
+        pad = self.special.get("pad_token")
+        self.pad_id: int | None = None if pad is None else backend.token_to_id(pad)
+        _add_special(backend, self.special.values())
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, added ones too. With holes in the vocabulary, ids may be larger."""
+        return self.backend.get_vocab_size(with_added_tokens=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Tokenizer:
@@ -52,8 +63,12 @@ class Tokenizer:
         except Exception as error:  # the library raises plain Exception, and for nothing but a bad file
             raise ValueError(f"{file} is not a tokenizer that `tokenizers` {tokenizers.__version__} can read: {error}") from error
         config = _read_json(folder / "tokenizer_config.json")
-        special = _special_tokens(_read_json(folder / "special_tokens_map.json")) | _special_tokens(config)
-        return cls(backend, special, _chat_template(folder, config))
+        # The older file counts where the newer one does not list the added tokens; then it counts for more.
+        named = config if "added_tokens_decoder" in config else config | _read_json(folder / "special_tokens_map.json")
+        backend.add_tokens(_added_tokens(folder, config))
+        tokenizer = cls(backend, _special_tokens(named), _chat_template(folder, config))
+        _add_special(backend, _unnamed(named))
+        return tokenizer
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """Token ids. Special tokens written in `text` are recognised; `add_special_tokens` adds e.g. a leading bos.
@@ -87,7 +102,7 @@ class Tokenizer:
     def chat_text(self, messages: Sequence[Message], add_generation_prompt: bool = True, **variables: Any) -> str:
         """`messages`, each {"role": ..., "content": ...}, as the chat template writes them; `variables` (tools,
         documents, enable_thinking, ...) go to the template. ValueError without a template, or where it refuses them."""
-        return chat_template.render(self._template(), messages, add_generation_prompt, **self._variables(variables))
+        return chat_template.render(self._template(variables), messages, add_generation_prompt, **self._variables(variables))
 
     def chat_with_mask(self, messages: Sequence[Message], **variables: Any) -> tuple[list[int], list[bool]]:
         """Ids of a whole conversation, and for each whether the assistant wrote it (what a completion loss is over).
@@ -96,10 +111,11 @@ class Tokenizer:
         message adds to the conversation before it with the generation prompt, which must be a prefix: otherwise (some
         templates rewrite earlier turns) a ValueError.
         """
+        template = self._template(variables)
         text, spans = chat_template.render_with_spans(
-            self._template(), messages, **self._variables({"add_generation_prompt": False} | variables)
+            template, messages, **self._variables({"add_generation_prompt": False} | variables)
         )
-        if not chat_template.has_generation_blocks(self._template()):
+        if not chat_template.has_generation_blocks(template):
             spans = self._spans_by_prefix(text, messages, variables)
         encoding = self._encode(text, add_special_tokens=False)
         mask = [False] * len(encoding.ids)
@@ -127,7 +143,14 @@ class Tokenizer:
                 spans.append((len(before), len(after)))
         return spans
 
-    def _template(self) -> str:
+    def _template(self, variables: dict[str, Any]) -> str:
+        """The one called "tool_use" where there are tools to use, as in transformers; else the default."""
+        if isinstance(self.chat_template, dict):
+            name = "tool_use" if variables.get("tools") is not None and "tool_use" in self.chat_template else "default"
+            if name not in self.chat_template:
+                names = ", ".join(self.chat_template) or "none"
+                raise ValueError(f'the chat templates are {names}; expected one called "default"')
+            return self.chat_template[name]
         if self.chat_template is None:
             raise ValueError(
                 "this tokenizer has no chat template (neither chat_template.jinja nor chat_template in "
@@ -153,7 +176,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a {type(value).__name__}, expected an object")
@@ -161,16 +184,65 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
+    """{name: text}, of whatever is called some_token, and of extra_special_tokens with names. The order decides which ids
+    those get that are new."""
+    named = {name: config[name] for name in sorted(config, key=_order) if name.endswith("_token")}
+    extra = config.get("extra_special_tokens")
+    texts = {name: _text(value) for name, value in (named | (extra if isinstance(extra, dict) else {})).items()}
+    return {name: text for name, text in texts.items() if text is not None}
+
+
+def _order(name: str) -> int:
+    return _NAMES.index(name) if name in _NAMES else len(_NAMES)
+
+
+def _unnamed(config: dict[str, Any]) -> list[str]:
+    tokens = config.get("extra_special_tokens") or config.get("additional_special_tokens")
+    return [text for token in (tokens if isinstance(tokens, list) else []) if (text := _text(token)) is not None]
+
+
+def _text(token: Any) -> str | None:
     # A token is written as its text, or as an object whose "content" is the text; null means there is none.
-    values = {name: config.get(name) for name in _SPECIAL}
-    values = {name: value.get("content") if isinstance(value, dict) else value for name, value in values.items()}
-    return {name: value for name, value in values.items() if isinstance(value, str)}
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None  # add_bos_token is a switch
 
 
-def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
+def _added_tokens(folder: Path, config: dict[str, Any]) -> list[tokenizers.AddedToken]:
+    """What the configuration adds to tokenizer.json, in the order of the ids: those that are new get the next free ones."""
+    tokens = config.get("added_tokens_decoder") or {}
+    if not isinstance(tokens, dict) or not all(
+        i.isdecimal() and isinstance(token, dict) and isinstance(token.get("content"), str) for i, token in tokens.items()
+    ):
+        raise ValueError(
+            f"{folder / 'tokenizer_config.json'}: added_tokens_decoder is {json.dumps(tokens)[:80]}; "
+            'expected {"id": {"content": text, "special": true, ...}}'
+        )
+    fields = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+    return [tokenizers.AddedToken(**{k: tokens[i][k] for k in fields if k in tokens[i]}) for i in sorted(tokens, key=int)]
+
+
+def _add_special(backend: tokenizers.Tokenizer, texts: Iterable[str]) -> None:
+    """Special tokens are never split, also those that are words of the vocabulary."""
+    known = {token.content for token in backend.get_added_tokens_decoder().values()}
+    new = [text for text in dict.fromkeys(texts) if text not in known]
+    backend.add_tokens([tokenizers.AddedToken(text, special=True) for text in new])
+
+
+def _chat_template(folder: Path, config: dict[str, Any]) -> str | dict[str, str] | None:
+    files = {file.stem: file for file in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
     if (file := folder / "chat_template.jinja").is_file():
-        return file.read_text(encoding="utf-8")
-    template = config.get("chat_template")
-    if isinstance(template, list):  # several, by name: the one called "default" is for chat
-        template = next((entry["template"] for entry in template if entry["name"] == "default"), None)
-    return template
+        files["default"] = file
+    if files:
+        texts = {name: file.read_text(encoding="utf-8") for name, file in files.items()}
+        return texts["default"] if texts.keys() == {"default"} else texts
+    found = config.get("chat_template")
+    templates = found
+    if isinstance(found, list) and all(isinstance(entry, dict) for entry in found):
+        templates = {entry.get("name"): entry.get("template") for entry in found}
+    parts = [part for pair in templates.items() for part in pair] if isinstance(templates, dict) else [templates]
+    if templates is not None and not all(isinstance(part, str) for part in parts):
+        raise ValueError(
+            f"{folder / 'tokenizer_config.json'}: chat_template is {json.dumps(found)[:80]}; expected text, or several as "
+            '[{"name": text, "template": text}]'
+        )
+    return templates
