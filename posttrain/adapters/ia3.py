@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from posttrain.quantized import QuantizedLinear
 
+from .base_copies import is_tied
 from .lora_config import LoraConfig, check_patterns, matches
 from .peft_format import PREFIX, read_config
 
@@ -131,7 +132,7 @@ def _bases(model: nn.Module, config: IA3Config) -> dict[str, Any]:
         known = ", ".join(sorted({n.rpartition(".")[2] for n in linear})) or "there are none"
         raise ValueError(
             f"target_modules={config.target_modules!r} (exclude_modules={config.exclude_modules!r}) matches no layer; "
-            f"the model's linear layers end in: {known}"
+            f"the model's linear layers end in: {known}" + (" (its head is tied to model.embed_tokens)" if is_tied(model) else "")
         )
     if wrong := [n for n in chosen if n not in linear]:
         raise ValueError(

@@ -39,6 +39,7 @@ from posttrain.fingerprint import fingerprint
 from posttrain.model.config import ModelConfig
 
 from . import bottleneck, ia3, lora, p_tuning, prefix, prompt
+from .base_copies import without_base_copies
 from .bottleneck import BottleneckConfig
 from .ia3 import IA3Config
 from .lora_config import LoraConfig
@@ -322,16 +323,16 @@ def load_adapter(
     content, tensors, trained_on = read_adapter(path)
     config = config_from_peft(content, path)
     _check_new(model, config, name)
-    config = fitting(model, path, config, tensors, trained_on, any_base)
+    config, tensors = fitting(model, path, config, tensors, trained_on, any_base)
     wide = {key: tensor.to(dtype or torch.promote_types(tensor.dtype, torch.float32)) for key, tensor in tensors.items()}
     return _attach(model, config, name, dtype, wide)
 
 
 def fitting(
     model: nn.Module, path: str | os.PathLike, config: Any, tensors: dict[str, Tensor], trained_on: str | None, any_base: bool
-) -> Any:
-    """The configuration of an adapter read from `path`, resolved on this model. PosttrainError where its keys or shapes do not fit
-    the model, or where it was trained on another base, unless any base will do."""
+) -> tuple[Any, dict[str, Tensor]]:
+    """(configuration, own tensors) of an adapter read from `path`, resolved on this model. PosttrainError where its keys or shapes
+    do not fit the model, or where it was trained on another base, unless any base will do."""
     here = base_fingerprint(model)
     if not any_base and None not in (trained_on, here) and trained_on != here:
         raise PosttrainError(
@@ -343,8 +344,9 @@ def fitting(
         expected = _shapes_in(tensors, model, config)
     except ValueError as error:
         raise PosttrainError(f"the adapter in {path} does not fit this model: {error}") from error
+    tensors = without_base_copies(model, tensors, expected)
     _check_keys(path, expected, tensors)
-    return config
+    return config, tensors
 
 
 def config_from_peft(content: dict, source: str | os.PathLike) -> Any:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from posttrain.errors import PosttrainError
 from posttrain.quantized import QuantizedLinear
 
+from .base_copies import is_tied
 from .lora_config import LoraConfig, matches
 from .lora_embedding import LoraEmbedding
 from .lora_embedding import initial as initial_embedding
@@ -72,6 +73,7 @@ def target_layers(model: nn.Module, config: LoraConfig) -> dict[str, Any]:
         raise ValueError(
             f"target_modules={config.target_modules!r} (exclude_modules={config.exclude_modules!r}) matches no layer; "
             f"the model's linear layers end in: {', '.join(known) or 'there are none'}"
+            + (" (its head is tied to model.embed_tokens)" if is_tied(model) else "")
         )
     if both := [n for n in chosen if any(n == name or n.startswith(f"{name}.") for name in whole)]:
         raise ValueError(f"{both[0]} is a target module and one of modules_to_save={config.modules_to_save!r}; leave out one")
@@ -148,22 +150,11 @@ def shapes(model: nn.Module, config: LoraConfig) -> dict[str, tuple[int, ...]]:
     return expected
 
 
-def optional_shapes(model: nn.Module, config: LoraConfig) -> dict[str, tuple[int, ...]]:
-    """{key: shape} of what PEFT writes beside: the whole embedding under an update."""
-    embeddings = {n: base for n, base in _bases(model, config).items() if isinstance(base, nn.Embedding)}
-    return {f"{PREFIX}{name}.base_layer.weight": tuple(base.weight.shape) for name, base in embeddings.items()}
-
-
 def _from_file(config: LoraConfig, name: str, base: Any, tensors: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
     """(base, tensors by table) of a layer's part of a file."""
     device = next(iter(base.state_dict().values())).device
     keys = {table: f"{PREFIX}{name}.{end}" for table, end in KEYS.items()}
     values = {table: tensors[key].to(device) for table, key in keys.items() if key in tensors}
-    whole = tensors.get(f"{PREFIX}{name}.base_layer.weight")
-    if whole is not None and not torch.equal(whole.to(base.weight), base.weight):
-        raise PosttrainError(
-            f"the adapter brings another {name} than this model has: it was trained on another base, or resized it"
-        )
     if config.own_base:
         if not isinstance(base.weight, Tensor):
             raise PosttrainError(
@@ -300,7 +291,7 @@ def unmerge(model: nn.Module) -> None:
 
 def unload(model: nn.Module, name: str) -> None:
     """Replace adapted layers by dense ones with the adapter merged in, one after another."""
-    layers, tied = _adapted(model), getattr(getattr(model, "config", None), "tie_word_embeddings", False)
+    layers, tied = _adapted(model), is_tied(model)
     changed = [n for n, layer in layers.items() if isinstance(layer, LoraEmbedding) and name in layer.scaling]
     changed += [n for n, m in saved_modules(model).items() if isinstance(m.original_module, nn.Embedding) and name in m.copies]
     if tied and changed:

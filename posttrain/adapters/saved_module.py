@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .base_copies import is_tied
 from .lora_config import LoraConfig
 
 
@@ -74,8 +75,7 @@ def modules_to_save(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module
     for end in config.modules_to_save or ():
         found = {n: m for n, m in model.named_modules() if n.endswith(end) and not n.startswith(wrapped)}
         if not found:
-            tied = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
-            why = "; this model's head is tied to model.embed_tokens" if tied and end.endswith("lm_head") else ""
+            why = "; this model's head is tied to model.embed_tokens" if is_tied(model) and end.endswith("lm_head") else ""
             raise ValueError(f"modules_to_save={config.modules_to_save!r}: {end!r} matches no module{why}")
         chosen |= found
     for name, module in chosen.items():

@@ -202,7 +202,7 @@ def _read(served: Served, path: str | os.PathLike, any_base: bool) -> dict[str, 
     """{layer: (lora_A, lora_B, scaling)} of the adapter in a folder, checked against the base. PosttrainError where it is no plain
     LoRA adapter, or none of this base."""
     content, tensors, trained_on = read_adapter(path)
-    config = fitting(served.bare, path, config_from_peft(content, path), tensors, trained_on, any_base)
+    config, tensors = fitting(served.bare, path, config_from_peft(content, path), tensors, trained_on, any_base)
     ends = tuple(lora.KEYS[table] for table in ("lora_A", "lora_B"))
     if not isinstance(config, LoraConfig) or (other := [key for key in tensors if not key.endswith(ends)]):
         kind = type(config).__name__ if not isinstance(config, LoraConfig) else f"one with {other[0]}"
