@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
 from model_cases import hf_config, random_model
+from safetensors.torch import load_file, save_file
 from small_run import examples, settings
 from test_adapters_lora import assert_unchanged, logits, snapshot, wide
 from tolerance import assert_as_accurate
@@ -231,7 +233,24 @@ def test_refused_ranks_leave_the_model_alone(model):
     for config, message in (
         (LoraConfig(r=65), r"the rank of .*q_proj is 65, and its weight of 64 x 64 has rank 64 at most"),
         (LoraConfig(r=4, rank_pattern={"k_proj": 33}), r"the rank of .*k_proj is 33, and its weight of 32 x 64"),
+        (LoraConfig(r=33), r"lower r, or give such layers a rank of their own: rank_pattern=\{'k_proj': 32\}"),
+        (LoraConfig(r=65, target_modules=["embed_tokens"]), r"97 x 64 has rank 64 at most; .*rank_pattern=\{'embed_tokens': 64\}"),
     ):
         with pytest.raises(ValueError, match=message):
             adapters.attach(model, config)
         assert_unchanged(model, before)
+
+
+def test_a_file_may_hold_a_rank_above_the_layers(model, tmp_path):
+    """PEFT trains such adapters; only new ones are refused."""
+    adapters.attach(model, LoraConfig(r=32, target_modules=["k_proj"], init_lora_weights=False))
+    expected = logits(model)
+    save_adapter(model, tmp_path)
+    adapters.delete_adapter(model, "default")
+    file, config = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
+    # Twice the columns and rows, each half the product: 64 ranks in a weight of 32 rows.
+    double = {key: torch.cat((tensor, tensor), int("lora_B" in key)) for key, tensor in load_file(file).items()}
+    save_file(double, file)
+    config.write_text(json.dumps({**json.loads(config.read_text()), "r": 64}))
+    load_adapter(model, tmp_path)
+    assert_as_accurate(logits(model), expected, logits(wide(model)))

@@ -203,6 +203,16 @@ class LoraConfig:
         return _by_pattern(self.alpha_pattern, name, self.lora_alpha) / (math.sqrt(r) if self.use_rslora else r)
 
 
+def check_rank(config: LoraConfig, name: str, N: int, K: int) -> None:
+    """ValueError for a rank above what the layer's weight (N, K) can have."""
+    r, most = config.rank(name), min(N, K)
+    if r > most:
+        raise ValueError(
+            f"the rank of {name} is {r}, and its weight of {N} x {K} has rank {most} at most; lower r, or give such layers a rank "
+            f"of their own: rank_pattern={{{name.rpartition('.')[2]!r}: {most}}}"
+        )
+
+
 def matches(config: LoraConfig, name: str) -> bool:
     """Whether a layer of that name is a target of the config, by PEFT's rules; "all-linear" is all but `lm_head`."""
     excluded, targets = config.exclude_modules, config.target_modules

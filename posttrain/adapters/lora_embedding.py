@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .lora_config import LoraConfig
+from .lora_config import LoraConfig, check_rank
 
 
 class LoraEmbedding(nn.Module):
@@ -82,8 +82,7 @@ class LoraEmbedding(nn.Module):
 def initial(config: LoraConfig, name: str, base: nn.Embedding, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """The tensors of a new adapter by LoraEmbedding.TABLES. ValueError for a rank above the smaller dimension."""
     V, D, r = base.num_embeddings, base.embedding_dim, config.rank(name)
-    if r > min(V, D):
-        raise ValueError(f"the rank of {name} is {r}, and its weight of {V} x {D} has rank {min(V, D)} at most; lower r")
+    check_rank(config, name, V, D)
     dtype, device = dtype or torch.promote_types(base.weight.dtype, torch.float32), base.weight.device
     start = torch.randn if config.init_lora_weights is False else torch.zeros
     A, B = start((r, V), dtype=dtype, device=device), torch.randn(D, r, dtype=dtype, device=device)

@@ -35,7 +35,7 @@ from posttrain.kernels import QuantizedWeight, quantize_weight
 from posttrain.quantized import QuantizedLinear
 
 from .dora import row_squares, weight_norm
-from .lora_config import LoraConfig
+from .lora_config import LoraConfig, check_rank
 
 
 def dense_weight(base: nn.Linear | QuantizedLinear) -> Tensor:
@@ -106,8 +106,7 @@ def initial(
     ValueError for a rank above the layer's smaller dimension, and for LoftQ on a base in 4 bits.
     """
     N, K, r, scaling, init = base.out_features, base.in_features, config.rank(name), config.scaling(name), config.init_lora_weights
-    if r > min(N, K):
-        raise ValueError(f"the rank of {name} is {r}, and its weight of {N} x {K} has rank {min(N, K)} at most; lower r")
+    check_rank(config, name, N, K)
     weight = base.weight
     device = weight.device if isinstance(weight, Tensor) else weight.packed.device
     dtype = dtype or torch.promote_types(weight.dtype, torch.float32)
