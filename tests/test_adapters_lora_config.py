@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 
+import numpy as np
 import pytest
+import torch
 
 from posttrain.adapters.lora_config import LoraConfig, matches
 
@@ -77,7 +80,7 @@ def test_scaling():
         ({"lora_dropout": 1.0}, "lora_dropout is 1.0"),
         ({"lora_dropout": float("nan")}, "lora_dropout is nan"),
         ({"bias": "some"}, "bias is 'some'; expected one of none, all, lora_only"),
-        ({"modules_to_save": "lm_head"}, "modules_to_save is 'lm_head'; expected a list"),
+        ({"modules_to_save": "lm_head"}, "modules_to_save is 'lm_head'; expected list"),
         ({"init_lora_weights": "pissa_niter_0"}, "'pissa_niter_0'"),
         ({"init_lora_weights": "eva"}, "'eva'; expected True, False"),
         ({"init_lora_weights": "orthogonal", "rank_pattern": {"q": 3}}, r"rank_pattern\['q'\] = 3; .* even ranks"),
@@ -87,11 +90,17 @@ def test_scaling():
         ({"loftq_config": {"loftq_iter": 0}}, "loftq_iter of at least 1"),
         ({"loftq_config": {"bits": 4}}, "loftq_config has bits"),
         ({"target_modules": []}, "target_modules is empty"),
-        ({"target_modules": 5}, "target_modules is 5; expected a regular expression or a list of names"),
-        ({"exclude_modules": [5]}, r"exclude_modules is \[5\]; expected a regular expression or a list"),
+        ({"target_modules": 5}, r"target_modules is 5; expected str \| list\[str\]"),
+        ({"exclude_modules": [5]}, r"exclude_modules is \[5\]; expected str"),
         ({"target_modules": "(q"}, r"target_modules is '\(q', which is no regular expression: missing \)"),
         ({"exclude_modules": "*"}, "exclude_modules is .* nothing to repeat"),
         ({"rank_pattern": {"(q": 4}}, r"rank_pattern .*'\(q', which is no regular expression"),
+        ({"use_dora": "False"}, "use_dora is 'False'; expected bool"),
+        ({"lora_alpha": "16"}, "lora_alpha is '16'; expected float"),
+        ({"lora_dropout": "0.1"}, "lora_dropout is '0.1'; expected float"),
+        ({"rank_pattern": None}, r"rank_pattern is None; expected dict\[str, int\]"),
+        ({"rank_pattern": {1: 2}}, r"rank_pattern is \{1: 2\}; expected dict"),
+        ({"loftq_config": None}, r"loftq_config is None; expected dict"),
         ({"target_modules": "x", "layers_to_transform": 1}, "to be a list"),
         ({"target_modules": ["x"], "layers_pattern": "layers"}, "say which layers"),
     ],
@@ -99,3 +108,25 @@ def test_scaling():
 def test_what_is_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         LoraConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        ({"layers_to_transform": range(2), "target_modules": ["q_proj"]}, [0, 1]),
+        ({"layers_to_transform": np.arange(2), "target_modules": ["q_proj"]}, [0, 1]),
+        ({"modules_to_save": {"norm", "lm_head"}}, ["lm_head", "norm"]),
+        ({"target_modules": ("q_proj", "k_proj")}, ["q_proj", "k_proj"]),
+        ({"lora_alpha": np.float32(16)}, 16.0),
+        ({"lora_alpha": torch.tensor(16.0)}, 16.0),
+        ({"alpha_pattern": {"q_proj": np.float64(2)}}, {"q_proj": 2.0}),
+        ({"use_dora": np.bool_(True)}, True),
+        ({"r": np.int64(4)}, 4),
+    ],
+)
+def test_what_is_kept_as_json_has_it(settings, kept):
+    """Whatever is taken at the start can be written when training has ended."""
+    config = LoraConfig(**settings)
+    value = getattr(config, next(iter(settings)))
+    assert value == kept and type(value) is type(kept)
+    assert LoraConfig.from_peft(json.loads(json.dumps(config.to_peft(torch.nn.Module()))), "file") == config

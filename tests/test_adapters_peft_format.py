@@ -13,7 +13,18 @@ from safetensors.torch import load_file, save_file
 from tolerance import assert_as_accurate
 
 from posttrain import adapters
-from posttrain.adapters import LoraConfig, attach, load_adapter, peft_format, save_adapter
+from posttrain.adapters import (
+    BottleneckConfig,
+    IA3Config,
+    LoraConfig,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    attach,
+    load_adapter,
+    peft_format,
+    save_adapter,
+)
 from posttrain.adapters.lora import lora_layers
 from posttrain.errors import PosttrainError
 from posttrain.quantized import quantize_model
@@ -265,3 +276,25 @@ def test_a_full_disk_leaves_the_adapter_that_was_there(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         saved(tmp_path, config=LoraConfig(r=1))
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "value"),
+    [
+        (IA3Config, "init_ia3_weights", "False"),
+        (IA3Config, "feedforward_modules", 5),
+        (PromptTuningConfig, "num_virtual_tokens", "5"),
+        (PrefixTuningConfig, "prefix_projection", 1),
+        (PromptEncoderConfig, "encoder_dropout", "0.1"),
+        (BottleneckConfig, "train_norms", "False"),
+    ],
+)
+def test_a_field_of_another_type_is_named(kind, field, value):
+    with pytest.raises(ValueError, match=f"{field} is {value!r}; expected"):
+        kind(**{field: value})
+
+
+def test_a_path_and_a_tuple_are_kept_as_json_has_them(tmp_path):
+    config = PromptTuningConfig(4, tokenizer_name_or_path=tmp_path)
+    assert config.tokenizer_name_or_path == str(tmp_path)
+    assert IA3Config(target_modules=("q_proj",), feedforward_modules=()).target_modules == ["q_proj"]

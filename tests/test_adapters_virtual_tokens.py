@@ -335,7 +335,7 @@ def test_wrong_settings_change_nothing():
     keys = list(model.state_dict())
     for kind in KINDS.values():
         for count in (0, -1, 2.5, True):
-            with pytest.raises(ValueError, match="num_virtual_tokens is .*; expected a whole number of at least 1"):
+            with pytest.raises(ValueError, match="num_virtual_tokens is .*; expected (a whole number of at least 1|int)"):
                 type(kind)(count)
         with pytest.raises(ValueError, match="num_virtual_tokens is 64, and the model's context of 64 must hold tokens"):
             attach(model, type(kind)(64))

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from posttrain.model.decoder import CausalLM, RMSNorm
 from posttrain.model.functional import rms_norm
 
-from .peft_format import PREFIX, read_config
+from .peft_format import PREFIX, plain_fields, read_config
 
 NONLINEARITIES: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
 PARTS = ("adapter_down.weight", "adapter_down.bias", "adapter_up.weight", "adapter_up.bias")
@@ -50,7 +50,8 @@ class BottleneckConfig:
     train_head: bool = False
 
     def __post_init__(self):
-        if not isinstance(self.bottleneck_size, int) or isinstance(self.bottleneck_size, bool) or self.bottleneck_size < 1:
+        plain_fields(self)
+        if self.bottleneck_size < 1:
             raise ValueError(f"bottleneck_size is {self.bottleneck_size!r}; expected a whole number of at least 1")
         if self.nonlinearity not in NONLINEARITIES:
             raise ValueError(f"nonlinearity is {self.nonlinearity!r}; expected one of {', '.join(NONLINEARITIES)}")

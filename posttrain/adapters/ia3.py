@@ -24,7 +24,7 @@ from posttrain.quantized import QuantizedLinear
 
 from .base_copies import is_tied
 from .lora_config import LoraConfig, check_patterns, matches
-from .peft_format import PREFIX, read_config
+from .peft_format import PREFIX, plain_fields, read_config
 
 REFUSED = ("fan_in_fan_out",)
 
@@ -47,6 +47,7 @@ class IA3Config:
     modules_to_save: list[str] | None = None
 
     def __post_init__(self):
+        plain_fields(self)
         if self.modules_to_save:
             raise ValueError(f"modules_to_save is {self.modules_to_save}; whole modules cannot be trained beside (IA)^3")
         if not self.target_modules:

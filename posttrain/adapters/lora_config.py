@@ -12,7 +12,7 @@ from torch import nn
 
 from posttrain.errors import PosttrainError
 
-from .peft_format import read_config
+from .peft_format import plain_fields, read_config
 
 # PEFT's fields that change what an adapter computes or holds, in ways that are not supported here: refused unless off.
 REFUSED = (
@@ -31,10 +31,8 @@ LOFTQ = {"loftq_bits": 4, "loftq_iter": 1, "quant_type": "nf4", "block_size": 64
 
 
 def check_patterns(**values: object) -> None:
-    """ValueError naming the field that is neither None, a list of names, nor the text of a regular expression."""
+    """ValueError naming the field whose text is no regular expression."""
     for name, value in values.items():
-        if not (value is None or isinstance(value, str) or (isinstance(value, list) and all(isinstance(v, str) for v in value))):
-            raise ValueError(f"{name} is {value!r}; expected a regular expression or a list of names")
         try:
             if isinstance(value, str):
                 re.compile(value)
@@ -96,9 +94,10 @@ class LoraConfig:
     loftq_config: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
+        plain_fields(self)
         ranks = {"r": self.r, **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}}
         for name, r in ranks.items():
-            if not isinstance(r, int) or isinstance(r, bool) or r <= 0:
+            if r <= 0:
                 raise ValueError(f"{name} is {r!r}; a rank is a whole number of at least 1")
         alphas = {"lora_alpha": self.lora_alpha, **{f"alpha_pattern[{k!r}]": v for k, v in self.alpha_pattern.items()}}
         for name, alpha in alphas.items():
@@ -119,8 +118,6 @@ class LoraConfig:
             raise ValueError(f"bias is {self.bias!r}; expected one of {', '.join(BIASES)}")
         if self.lora_bias and (self.use_dora or self.bias != "none" or init not in (True, False)):
             raise ValueError("lora_bias goes with init_lora_weights=True, bias='none' and without use_dora")
-        if isinstance(self.modules_to_save, str):
-            raise ValueError(f"modules_to_save is {self.modules_to_save!r}; expected a list of names")
         self._check_loftq()
         if not self.target_modules:
             raise ValueError("target_modules is empty; expected 'all-linear', a regular expression or a list of names")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Set
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
@@ -67,13 +67,38 @@ def check_types(kind: type, content: Mapping[str, Any], source: str | os.PathLik
             raise PosttrainError(f"{source}: {field.name} is {value!r}, of another type than PEFT writes; expected {field.type}")
 
 
+def plain_fields(config: Any) -> None:
+    """Give a configuration's fields the types that its file can hold: tuples, sets and ranges become lists, scalars of numpy and
+    torch Python's. ValueError naming the first that is of another type still: better now than when training has ended."""
+    hints = get_type_hints(type(config))
+    for field in fields(config):
+        given = getattr(config, field.name)
+        value = _plain(given)
+        if not _is_a(value, hints[field.name]):
+            raise ValueError(f"{field.name} is {given!r}; expected {field.type}")
+        object.__setattr__(config, field.name, value)
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON has it, if it has."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, Set):
+        value = sorted(value, key=str)
+    return [_plain(item) for item in value] if isinstance(value, list | tuple | range) else value
+
+
 def _is_a(value: Any, hint: Any) -> bool:
-    """Whether a value read from JSON is of the type that the hint says; a whole number is a float, and a bool no number."""
+    """Whether a value that JSON holds is of the type that the hint says; a whole number is a float, and a bool no number."""
     inner = get_args(hint)
     if get_origin(hint) is list:
         return isinstance(value, list) and all(_is_a(item, inner[0]) for item in value)
     if get_origin(hint) is dict:
-        return isinstance(value, dict) and all(_is_a(item, inner[1]) for item in value.values())
+        return isinstance(value, dict) and all(isinstance(key, str) and _is_a(item, inner[1]) for key, item in value.items())
     if inner:
         return any(_is_a(value, one) for one in inner)
     if hint in (int, float):

@@ -27,7 +27,7 @@ from posttrain.model.config import ModelConfig
 from posttrain.model.kv_cache import Prefix
 from posttrain.model.tokenizer import Tokenizer
 
-from .peft_format import read_config
+from .peft_format import plain_fields, read_config
 
 EMBEDDINGS, ENCODER = "prompt_embeddings", "prompt_encoder."
 MOST_COMMON = 5000
@@ -48,9 +48,9 @@ class VirtualTokensConfig:
     num_attention_heads: int | None = None
 
     def __post_init__(self):
-        count = self.num_virtual_tokens
-        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-            raise ValueError(f"num_virtual_tokens is {count!r}; expected a whole number of at least 1")
+        plain_fields(self)
+        if self.num_virtual_tokens < 1:
+            raise ValueError(f"num_virtual_tokens is {self.num_virtual_tokens}; expected a whole number of at least 1")
 
     def to_peft(self, model: nn.Module) -> dict[str, Any]:
         """adapter_config.json's content."""
@@ -72,10 +72,10 @@ class VirtualTokensConfig:
 
 
 def check_positive(**sizes: int | None) -> None:
-    """ValueError that names the first that is not None nor a whole number of at least 1."""
+    """ValueError that names the first that is below 1."""
     for name, size in sizes.items():
-        if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
-            raise ValueError(f"{name} is {size!r}; expected a whole number of at least 1")
+        if size is not None and size < 1:
+            raise ValueError(f"{name} is {size}; expected a whole number of at least 1")
 
 
 def fit(model: nn.Module, config: Config, token_dim: int, heads: int, what: str) -> Config:
