@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import copy
+import json
 import warnings
 
 import pytest
 import torch
 from model_cases import hf_config, random_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_adapters_lora import assert_unchanged, snapshot, wide
 from tolerance import assert_as_accurate
 
 from posttrain import adapters
-from posttrain.adapters import LoraConfig, attach, load_adapter, save_adapter
+from posttrain.adapters import LoraConfig, attach, load_adapter, save_adapter, serving
 from posttrain.adapters.lora import lora_layers
 from posttrain.adapters.lora_embedding import LoraEmbedding
 from posttrain.adapters.saved_module import saved_modules
@@ -227,3 +228,55 @@ def test_loftq_of_several_steps_is_refused_on_a_base_in_4_bits(tmp_path):
     ):
         load_adapter(quantized, tmp_path)
     assert_unchanged(quantized, before)
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("init", ["pissa", "olora", "mica"])
+@pytest.mark.parametrize("settings", [{}, {"use_rslora": True, "use_dora": True, "rank_pattern": {"q_proj": 2}}])
+def test_starts_that_peft_saved_unconverted(tmp_path, init, settings):
+    """PEFT takes the same part of the base again when it loads such a file, and so do we."""
+    peft = pytest.importorskip("peft")
+    if init == "mica" and settings:
+        settings = {"use_rslora": True}
+    model = random_model("llama2")
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM", r=4, lora_alpha=6, target_modules="all-linear", init_lora_weights=init, **settings
+    )
+    peer = peft.get_peft_model(transformers_model("llama2", model), config)
+    move(p for p in peer.parameters() if p.requires_grad)
+    peer.eval().save_pretrained(tmp_path)
+    bare = copy.deepcopy(model)
+    load_adapter(model, tmp_path)
+    ours, exact = logits(model), exact_logits(model)
+    assert_as_accurate(peft_logits(peer), ours, exact)
+    save_adapter(model, tmp_path / "again")
+    converted = peft.PeftModel.from_pretrained(transformers_model("llama2", bare), tmp_path / "again")
+    assert_as_accurate(ours, peft_logits(converted), exact)  # the same sums: the base's product and those of the factors and A0, B0
+    plain = copy.deepcopy(bare)
+    load_adapter(plain, tmp_path / "again")
+    assert torch.equal(logits(plain), logits(model))
+    adapters.delete_adapter(model, "default")
+    assert_unchanged(model, snapshot(bare))
+
+
+def test_an_unconverted_start_wants_the_dense_base(tmp_path):
+    model = random_model()
+    quantized = copy.deepcopy(model)
+    quantize_model(quantized)
+    attach(model, LoraConfig(r=2, init_lora_weights=False))
+    save_adapter(model, tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "init_lora_weights": "pissa"}))
+    before = snapshot(quantized)
+    with pytest.raises(PosttrainError, match="trained beside what pissa left of the dense weight"):
+        load_adapter(quantized, tmp_path)
+    assert_unchanged(quantized, before)
+    adapters.delete_adapter(model, "default")
+    with pytest.raises(PosttrainError, match="init_lora_weights 'pissa', and not what that took from the base"):
+        serving.load(model, "a", tmp_path)
+    file.write_text(json.dumps({**json.loads(file.read_text()), "r": 65}))
+    weights = tmp_path / "adapter_model.safetensors"
+    larger = {k: torch.zeros(65, t.shape[1]) if "lora_A" in k else torch.zeros(len(t), 65) for k, t in load_file(weights).items()}
+    save_file(larger, weights)
+    with pytest.raises(PosttrainError, match="does not fit this model: the rank of .* is 65, and its weight"):
+        load_adapter(model, tmp_path)

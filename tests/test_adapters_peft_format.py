@@ -218,7 +218,15 @@ def config_with(**changes):
         (lambda p: (p / "adapter_config.json").write_text("[]"), "expected a JSON object"),
         (config_with(peft_type="LOHA"), "peft_type is 'LOHA'"),
         (config_with(use_dora=True), "lora_magnitude_vector is missing"),
-        (config_with(use_qalora=True), "use_qalora is True"),
+        (config_with(use_qalora=True), "use_qalora is True; .*load the merged model"),
+        (config_with(trainable_token_indices=[1]), r"trainable_token_indices is \[1\]; .*load the merged model"),
+        (config_with(target_parameters=["x"]), "target_parameters is .*load the merged model"),
+        (config_with(layer_replication=[[0, 2]]), "layer_replication is .*load the merged model"),
+        (config_with(lora_dropout=1.0), "lora_dropout is 1.0; expected 0 <= lora_dropout < 1"),
+        (
+            lambda p: edit(p, lambda t: t.update({KEY.replace(".weight", ".other.weight"): t[KEY].clone()})),
+            "holds .*up_proj.lora_A.weight of several adapters",
+        ),
         (config_with(fan_in_fan_out=True), "fan_in_fan_out is True"),
         (config_with(r=0), "r is 0"),
         (config_with(peft_type=["LORA"]), r"peft_type is \['LORA'\]"),
@@ -232,7 +240,7 @@ def config_with(**changes):
         (config_with(task_type="SEQ_CLS", modules_to_save=5), "modules_to_save is 5, of another type"),
         (config_with(bias="some"), "bias is 'some'"),
         (config_with(init_lora_weights="loftq", loftq_config={"loftq_bits": 4}), "init_lora_weights is 'loftq'"),
-        (config_with(init_lora_weights="pissa"), "path_initial_model_for_weight_conversion"),
+        (config_with(init_lora_weights="pissa_niter_4"), "path_initial_model_for_weight_conversion"),
         (config_with(modules_to_save=["lm_head"]), "head is tied to model.embed_tokens"),
         (config_with(modules_to_save=["model.norm"]), "base_model.model.model.norm.weight is missing"),
         (config_with(target_modules=["absent"]), "does not fit this model: .*matches no layer"),
@@ -298,3 +306,46 @@ def test_a_path_and_a_tuple_are_kept_as_json_has_them(tmp_path):
     config = PromptTuningConfig(4, tokenizer_name_or_path=tmp_path)
     assert config.tokenizer_name_or_path == str(tmp_path)
     assert IA3Config(target_modules=("q_proj",), feedforward_modules=()).target_modules == ["q_proj"]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(r=2, init_lora_weights=False, use_dora=True, target_modules=["q_proj"]),
+        LoraConfig(r=2, init_lora_weights=False, target_modules=["embed_tokens"]),
+        LoraConfig(r=2, init_lora_weights=False, lora_bias=True, target_modules=["q_proj"]),
+        IA3Config(init_ia3_weights=False),
+    ],
+)
+def test_keys_of_the_model_in_memory(tmp_path, config):
+    """PEFT loads files that hold its modules' own keys: with the adapter's name, DoRA's magnitudes with .weight."""
+    model = saved(tmp_path, config=config)
+    before = logits(model)
+    adapters.delete_adapter(model, "default")
+
+    def named(key):
+        last = key.rpartition(".")
+        key = f"{last[0]}.default.{last[2]}" if last[2] in ("weight", "bias") else f"{key}.default"
+        return f"{key}.weight" if "magnitude" in key else key
+
+    def rename(tensors):
+        for key in list(tensors):
+            tensors[named(key)] = tensors.pop(key)
+
+    edit(tmp_path, rename)
+    load_adapter(model, tmp_path)
+    assert torch.equal(logits(model), before)
+
+
+def test_magnitudes_with_weight_after_them(tmp_path):
+    model = saved(tmp_path, config=LoraConfig(r=2, use_dora=True, target_modules=["q_proj"]))
+    adapters.delete_adapter(model, "default")
+    edit(tmp_path, lambda t: [t.update({f"{key}.weight": t.pop(key)}) for key in list(t) if "magnitude" in key])
+    load_adapter(model, tmp_path)
+
+
+def test_a_file_that_names_no_targets_has_pefts(tmp_path):
+    model = saved(tmp_path, config=LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    adapters.delete_adapter(model, "default")
+    config_with(target_modules=None)(tmp_path)
+    assert len(load_adapter(model, tmp_path)) == 6

@@ -18,10 +18,10 @@ from posttrain.errors import PosttrainError
 from posttrain.quantized import QuantizedLinear
 
 from .base_copies import is_tied
-from .lora_config import LoraConfig, matches
+from .lora_config import LoraConfig, check_rank, matches
 from .lora_embedding import LoraEmbedding
 from .lora_embedding import initial as initial_embedding
-from .lora_init import initial, quantize_less
+from .lora_init import initial, quantize_less, taken
 from .lora_linear import LoraLinear
 from .peft_format import PREFIX
 from .saved_module import SavedModule, modules_to_save, parameter_shapes, saved_modules
@@ -134,6 +134,8 @@ def shapes(model: nn.Module, config: LoraConfig) -> dict[str, tuple[int, ...]]:
             expected[f"{PREFIX}{name}.lora_embedding_B"] = (base.embedding_dim, r)
             continue
         N, K = base.out_features, base.in_features
+        if config.takes_weight:
+            check_rank(config, name, N, K)
         tables: dict[str, tuple[int, ...]] = {"lora_A": (r, K), "lora_B": (N, r)}
         if config.own_base:
             tables |= {"loftq_A": (r, K), "loftq_B": (N, r)}
@@ -155,6 +157,14 @@ def _from_file(config: LoraConfig, name: str, base: Any, tensors: dict[str, Tens
     device = next(iter(base.state_dict().values())).device
     keys = {table: f"{PREFIX}{name}.{end}" for table, end in KEYS.items()}
     values = {table: tensors[key].to(device) for table, key in keys.items() if key in tensors}
+    if config.takes_weight:
+        if not isinstance(base.weight, Tensor):
+            raise PosttrainError(
+                f"{name} is in 4 bits, and the adapter was trained beside what {config.init_lora_weights} left of the dense "
+                "weight; load it on the dense model, from which save_adapter writes a plain one"
+            )
+        A0, B0 = (tensor.to(values["lora_A"].dtype).contiguous() for tensor in taken(config, name, base))
+        values |= {"lora_A0": A0, "lora_B0": -B0}
     if config.own_base:
         if not isinstance(base.weight, Tensor):
             raise PosttrainError(

@@ -25,7 +25,9 @@ IGNORED = (
     "megatron_core", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size", "ensure_weight_tying",
 )  # fmt: skip
 # Initialisations that leave the base as it was. The others (PiSSA, OLoRA, ...) train, in PEFT, against a base that they changed.
-HARMLESS_INIT = (True, False, "gaussian", "eva", "orthogonal")
+HARMLESS_INIT = (True, False, "gaussian", "eva", "orthogonal", "mica")
+# Those of the others that give the same again: a file need not bring what they took from the base.
+REPEATED_INIT = ("pissa", "olora")
 BIASES = ("none", "all", "lora_only")
 LOFTQ = {"loftq_bits": 4, "loftq_iter": 1, "quant_type": "nf4", "block_size": 64, "double_quant": True}
 
@@ -181,13 +183,17 @@ class LoraConfig:
             # PEFT names the head both ways, and decoders have it as "score".
             content = {**content, "modules_to_save": [name for name in content["modules_to_save"] if name != "classifier"]}
         ours = init == "loftq" and "quant_type" in loftq
-        if init not in HARMLESS_INIT and not ours:
+        if init not in (*HARMLESS_INIT, *REPEATED_INIT) and not ours:
             raise PosttrainError(
                 f"{source}: init_lora_weights is {init!r}, which changes the base; save the adapter in PEFT with "
                 "path_initial_model_for_weight_conversion to get one for the original base"
             )
         if not ours:
-            content = {**content, "init_lora_weights": init if init in (True, False, "gaussian") else True, "loftq_config": {}}
+            known = init in (True, False, "gaussian", *REPEATED_INIT)
+            content = {**content, "init_lora_weights": init if known else True, "loftq_config": {}}
+        if content.get("target_modules") is None:
+            # PEFT's default for Llama, Mistral, Qwen2 and Qwen3. (It is written out where PEFT itself saves.)
+            content = {**content, "target_modules": ["q_proj", "v_proj"]}
         return read_config(cls, content, source, REFUSED, IGNORED)
 
     def rank(self, name: str) -> int:

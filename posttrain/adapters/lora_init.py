@@ -10,7 +10,9 @@
 
 PiSSA and OLoRA train A and B in W - s B0 A0 + s B A. Here W stays whole and the layer subtracts s B0 A0 (LoraLinear): the
 base is not written to, deleting the adapter restores it exactly, and a 4-bit base is not quantized again, which would add a
-second error that nothing compensates. The price is a low-rank product of twice the rank while such an adapter acts.
+second error that nothing compensates. The price is a low-rank product of twice the rank while such an adapter acts. A file
+that PEFT saved without its conversion holds A and B alone; A0 and B0 are taken again from the same dense base ("pissa" and
+"olora"; "pissa_niter_<n>" is random).
 
 LoftQ is for a base that is dense still: it becomes the 4-bit one, as `quantize_model` makes it, and deleting the adapter
 leaves it so. With loftq_iter 1 that base is the plain quantization of W, and the file a plain adapter for it. With
@@ -79,6 +81,13 @@ def _random(init: bool | str, N: int, K: int, r: int, dtype: torch.dtype, device
     return A, B
 
 
+def taken(config: LoraConfig, name: str, base: nn.Linear | QuantizedLinear) -> tuple[Tensor, Tensor]:
+    """(A0, B0) of the part scaling B0 A0 of the layer's weight that PiSSA and OLoRA start with."""
+    W, r, init = dense_weight(base), config.rank(name), config.init_lora_weights
+    niter = int(str(init).rpartition("_")[2]) if "niter" in str(init) else None
+    return _olora(W, r) if init == "olora" else _largest(W, r, config.scaling(name), niter)
+
+
 def loftq(W: Tensor, r: int, scaling: float, settings: dict[str, Any]) -> tuple[QuantizedWeight, Tensor, Tensor, Tensor, Tensor]:
     """(Q, A, B, A', B') of W (N, K), settings as LoraConfig.loftq: Q = quantize(W - scaling B' A') with A', B' the factors of
     the last step but one (zeros where there was one step), and A, B fitted to W - Q."""
@@ -122,9 +131,7 @@ def initial(
         if config.own_base:
             extra = {"loftq_A": A0, "loftq_B": B0}
     elif config.takes_weight:
-        W = dense_weight(base)
-        niter = int(str(init).rpartition("_")[2]) if "niter" in str(init) else None
-        A, B = _olora(W, r) if init == "olora" else _largest(W, r, scaling, niter)
+        A, B = taken(config, name, base)
         extra = {"lora_A0": A, "lora_B0": -B}
     elif init == "orthogonal":
         A, B = _orthogonal(N, K, r)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import warnings
 from collections.abc import Collection, Mapping, Set
 from dataclasses import fields
@@ -26,6 +27,11 @@ Config = TypeVar("Config")
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+# The adapter's name in a key, as PEFT has it in memory: lora_A.default.weight.
+_NAMED = re.compile(
+    r"(\.(?:lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|ia3_l))\.(?!(?:weight|bias)$)[^.]+(?=\.(?:weight|bias)$|$)"
+)
+_MAGNITUDE = re.compile(r"(?<=\.lora_magnitude_vector)\.weight$")
 # Fields that say where an adapter comes from; nothing here depends on them.
 PROVENANCE = (
     "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
@@ -47,7 +53,10 @@ def read_config(
     """
     for key in refused:
         if content.get(key):
-            raise PosttrainError(f"{source}: {key} is {content[key]!r}; adapters that use it are not supported")
+            raise PosttrainError(
+                f"{source}: {key} is {content[key]!r}; adapters that use it are not supported: where PEFT can merge it into its "
+                "base (merge_and_unload), load the merged model"
+            )
     known = {f.name for f in fields(kind)}  # type: ignore[arg-type]
     for key in content.keys() - known - set(refused) - set(ignored) - set(PROVENANCE):
         if content[key]:
@@ -117,6 +126,18 @@ def write_adapter(
         write_safetensors(weights, tensors.items(), {METADATA_KEY: fingerprint} if fingerprint else {})
 
 
+def _without_names(tensors: dict[str, Tensor], source: Path) -> dict[str, Tensor]:
+    """The tensors under the keys of PEFT's files, where a file has those of its modules: with the adapter's name after the table's,
+    and `.weight` after DoRA's magnitudes. PosttrainError where two adapters are in one file."""
+    found: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        plain = _MAGNITUDE.sub("", _NAMED.sub(r"\1", key))
+        if plain in found:
+            raise PosttrainError(f"{source} holds {plain} of several adapters ({key} and another); save them one by one")
+        found[plain] = tensor
+    return found
+
+
 def read_adapter(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor], str | None]:
     """(adapter_config.json's content, tensors by key, fingerprint of the base or None) of the adapter in the folder `path`."""
     path = Path(path)
@@ -131,4 +152,5 @@ def read_adapter(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Ten
         raise PosttrainError(f"{path / CONFIG_FILE}: expected a JSON object, found {type(content).__name__}")
     with SafetensorsReader(path / WEIGHTS_FILE) as reader:
         tensors, metadata = {name: reader.read(name) for name in reader.entries}, reader.metadata
+    tensors = _without_names(tensors, path / WEIGHTS_FILE)
     return content, tensors, metadata.get(METADATA_KEY)

@@ -209,6 +209,11 @@ def _read(served: Served, path: str | os.PathLike, any_base: bool) -> dict[str, 
         raise PosttrainError(
             f"the adapter in {path} is {kind}, and only LoRA's factors are served side by side; attach it alone with load_adapter"
         )
+    if config.takes_weight:
+        raise PosttrainError(
+            f"the adapter in {path} has init_lora_weights {config.init_lora_weights!r}, and not what that took from the base; "
+            "load_adapter and save_adapter make a plain one of it"
+        )
     layers = {key.removeprefix(PREFIX).removesuffix(f".{ends[0]}") for key in tensors if key.endswith(ends[0])}
     return {
         layer: (tensors[f"{PREFIX}{layer}.{ends[0]}"], tensors[f"{PREFIX}{layer}.{ends[1]}"], config.scaling(layer))
