@@ -235,22 +235,6 @@ def test_generate_streams_what_the_library_generates(capsys) -> None:
     assert f"{len(ids)} prompt tokens, {len(expected)} new in" in err
 
 
-def test_token_writer_holds_back_half_a_character(capsys) -> None:
-    class Bytes:
-        def decode(self, ids) -> str:
-            return bytes(ids).decode("utf-8", errors="replace")
-
-    writer = cli.generate.TokenWriter(Bytes())
-    shown = []
-    for byte in "aé€\N{GRINNING FACE}b".encode():
-        writer(0, byte)
-        shown.append(capsys.readouterr().out)
-    assert shown == ["a", "", "é", "", "", "€", "", "", "", "\N{GRINNING FACE}", "b"]
-    writer(0, 0xC3)  # the text ends in half a character
-    writer.finish()
-    assert capsys.readouterr().out == "\N{REPLACEMENT CHARACTER}\n"
-
-
 @pytest.mark.parametrize("output", [".", ".."])
 def test_a_model_is_not_written_over_the_current_folder(capsys, tmp_path, monkeypatch, output) -> None:
     (tmp_path / "here").mkdir()
@@ -260,28 +244,6 @@ def test_a_model_is_not_written_over_the_current_folder(capsys, tmp_path, monkey
     assert_one_error(run(capsys, "merge-adapter", *options, "--adapter", "none"), "is the current folder")
     assert run(capsys, "quantize", "--model", "offline", "--output", "q")[0] == 0
     assert (tmp_path / "here" / "q" / "tokenizer.json").is_file() and not (tmp_path / "here" / "tokenizer.json").exists()
-
-
-def test_token_writer_keeps_the_space_after_a_token_without_text(capsys) -> None:
-    class Words:
-        def decode(self, ids) -> str:  # of words with markers: the space before the first is not part of the text
-            return "".join(["", " a", " b"][i] for i in ids).removeprefix(" ")
-
-    writer = cli.generate.TokenWriter(Words())
-    for token in (0, 1, 0, 0, 2, 1):
-        writer(0, token)
-    writer.finish()
-    assert capsys.readouterr().out == "a b a\n"
-
-
-def test_chat_templates_go_with_the_weights(tmp_path) -> None:
-    source, target = tmp_path / "source", tmp_path / "target"
-    target.mkdir()
-    for name in ("chat_template.jinja", "additional_chat_templates/tool_use.jinja"):
-        (source / name).parent.mkdir(parents=True, exist_ok=True)
-        (source / name).write_text(name)
-    cli.quantize.copy_tokenizer(source, target)
-    assert all((target / name).read_text() == name for name in ("chat_template.jinja", "additional_chat_templates/tool_use.jinja"))
 
 
 def test_sft_merge_quantize_evaluate_together(capsys, tmp_path) -> None:

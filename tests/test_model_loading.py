@@ -272,7 +272,9 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
 def test_the_tokenizer_comes_with_the_model_or_neither_does(tmp_path, monkeypatch):
     source, target = tmp_path / "source", tmp_path / "target"
     source.mkdir()
-    for name in ("tokenizer.json", "generation_config.json", "notes.txt"):
+    new = ["additional_chat_templates/tool_use.jinja", "generation_config.json", "tokenizer.json"]
+    for name in (*new, "notes.txt"):
+        (source / name).parent.mkdir(exist_ok=True)
         (source / name).write_text("new")
     target.mkdir()
     (target / "tokenizer.json").write_text("old")
@@ -280,9 +282,12 @@ def test_the_tokenizer_comes_with_the_model_or_neither_does(tmp_path, monkeypatc
         patched.setattr("shutil.copyfile", no_space)
         save(random_model("llama3"), target, tokenizer=source)
     assert os.listdir(target) == ["tokenizer.json"]
+    for name in ("chat_template.jinja", "license.txt"):  # of the model that was here, and of nobody's
+        (target / name).write_text("old")
     save(random_model("llama3"), target, tokenizer=source)
-    assert sorted(os.listdir(target)) == ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json"]
-    assert (target / "tokenizer.json").read_text() == "new"
+    there = sorted(str(file.relative_to(target)) for file in target.rglob("*") if file.is_file())
+    assert there == sorted([*new, "config.json", "license.txt", "model.safetensors"])
+    assert all((target / name).read_text() == "new" for name in new)
 
 
 def no_space(*_):

@@ -16,6 +16,7 @@ from .safetensors_file import Entry, SafetensorsReader, write_safetensors
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+CHAT_TEMPLATES = "additional_chat_templates"  # a folder
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
@@ -118,8 +119,8 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
-    if (templates := source / "additional_chat_templates").is_dir():
-        shutil.copytree(templates, target / templates.name, dirs_exist_ok=True)
+    if (source / CHAT_TEMPLATES).is_dir():
+        shutil.copytree(source / CHAT_TEMPLATES, target / CHAT_TEMPLATES, dirs_exist_ok=True)
 
 
 def write_checkpoint(

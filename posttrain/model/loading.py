@@ -19,7 +19,7 @@ from posttrain.kernels import quantize_weight
 from posttrain.quantized import QuantizedLinear, quantizable_linears
 
 from . import bitsandbytes
-from .checkpoint import INDEX, Checkpoint, copy_tokenizer, write_checkpoint
+from .checkpoint import CHAT_TEMPLATES, INDEX, TOKENIZER_FILES, Checkpoint, copy_tokenizer, write_checkpoint
 from .config import DTYPES, ModelConfig, parse_dtype
 from .decoder import CausalLM
 
@@ -128,8 +128,9 @@ def save(
         write_checkpoint(folder, config, groups, max_shard_bytes, metadata)
         if tokenizer is not None:
             copy_tokenizer(Path(tokenizer), folder)
+        other = () if tokenizer is None else (*TOKENIZER_FILES, CHAT_TEMPLATES)  # of the model that was here
         for file in path.iterdir() if path.is_dir() else ():
-            if not _is_model_file(file) and not (folder / file.name).exists():
+            if not _is_model_file(file) and file.name not in other:
                 (shutil.copytree if file.is_dir() else shutil.copy2)(file, folder / file.name)
 
 
