@@ -221,7 +221,9 @@ for _name in ("lora_linear", "lora_linear_group"):
     torch.library.register_autograd(f"posttrain::{_name}_backward", _no_double_backward, lib=LIBRARY)
 
 
-def _check(x: Tensor, w: Tensor | QuantizedWeight, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> tuple[int, int]:
+def _check(
+    x: Tensor, w: Tensor | QuantizedWeight, lora_A: Tensor, lora_B: Tensor, scaling: float, bias: Tensor | None
+) -> tuple[int, int]:
     """(N, K), or the error that says what does not fit."""
     dense = isinstance(w, Tensor)
     if not dense and not isinstance(w, QuantizedWeight):
@@ -241,6 +243,8 @@ def _check(x: Tensor, w: Tensor | QuantizedWeight, lora_A: Tensor, lora_B: Tenso
         raise TypeError(f"x is {x.dtype}; expected float32, float16 or bfloat16 (on a CPU a dense weight takes float64 too)")
     if not (lora_A.is_floating_point() and lora_B.is_floating_point()):
         raise TypeError(f"lora_A is {lora_A.dtype} and lora_B {lora_B.dtype}; expected floating point")
+    if isinstance(scaling, Tensor) and scaling.requires_grad:
+        raise TypeError("scaling is a tensor that requires its gradient, and has none here; multiply lora_B by it instead")
     if dense and w.dtype != x.dtype:
         raise TypeError(f"the weight is {w.dtype} and x {x.dtype}; cast one to the other's")
     stored = w if isinstance(w, Tensor) else w.packed
@@ -259,7 +263,11 @@ def _seed(dropout: float, seed: int | None) -> int:
         raise ValueError(f"dropout is {dropout}; expected 0 <= dropout < 1")
     if dropout and seed is None:
         return int(torch.randint(2**63 - 1, ()))
-    return 0 if seed is None or not dropout else seed
+    if seed is None or not dropout:
+        return 0
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed is {seed}; expected a whole number from -2^63 to 2^63 - 1")
+    return seed
 
 
 def _format(w: Tensor | QuantizedWeight) -> tuple[int, str]:
@@ -273,11 +281,11 @@ def lora_linear(
     """x W^T + bias + scaling drop(x) A^T B^T: (..., N) in x's dtype. Differentiable in x, lora_A, lora_B, bias and a dense w.
 
     x (..., K) float32, float16 or bfloat16, any strides; w (N, K) in x's dtype, or a QuantizedWeight of that shape; lora_A (r, K)
-    and lora_B (N, r) of any float dtype; bias (N,). Dropout, 0 <= dropout < 1, acts on the low-rank path; `seed` (64 bits) decides
+    and lora_B (N, r) of any float dtype; bias (N,). Dropout, 0 <= dropout < 1, acts on the low-rank path; `seed`, an int64, decides
     what falls, and without one it is drawn from torch's CPU generator. Gradients of gradients raise RuntimeError.
     Raises TypeError for dtypes, ValueError for shapes or devices that do not fit. Paper: arXiv:2106.09685, eq. 3.
     """
-    N, K = _check(x, w, lora_A, lora_B, bias)
+    N, K = _check(x, w, lora_A, lora_B, scaling, bias)
     base = (w, None, None, None, 0) if isinstance(w, Tensor) else w.tensors()
     seed = _seed(dropout, seed)
     return torch.ops.posttrain.lora_linear(x, *base, lora_A, lora_B, scaling, bias, dropout, seed, N, K, *_format(w))
@@ -295,7 +303,7 @@ def lora_linear_group(x: Tensor, layers: Sequence[Layer], *, dropout: float = 0.
     """
     if not layers:
         return []
-    shapes = [_check(x, w, A, B, bias) for w, A, B, _, bias in layers]
+    shapes = [_check(x, *layer) for layer in layers]
     weights, As, Bs, scalings, biases = (list(column) for column in zip(*layers, strict=True))
     kinds = {(*_format(w), *((w.tensors()[2] is None, w.tensors()[4]) if isinstance(w, QuantizedWeight) else ())) for w in weights}
     if len(kinds) > 1:

@@ -262,6 +262,8 @@ def test_the_results_may_be_written_to(quant_type, shape):
         (ValueError, "x is on cpu and lora_B on meta", {"lora_B": torch.ones(5, 3, device="meta")}),
         (ValueError, r"bias is torch.float32 \(6,\) on cpu; expected torch.float32 \(5,\)", {"bias": torch.ones(6)}),
         (ValueError, "dropout is 1.0; expected 0 <= dropout < 1", {"dropout": 1.0}),
+        (ValueError, r"seed is 9223372036854775808; expected a whole number from -2\^63", {"dropout": 0.5, "seed": 2**63}),
+        (TypeError, "scaling is a tensor that requires its gradient", {"scaling": torch.tensor(2.0, requires_grad=True)}),
         (ValueError, "rank 0", {"lora_A": torch.ones(0, 64), "lora_B": torch.ones(5, 0)}),
     ],
 )
