@@ -9,7 +9,7 @@
     softmax  fp32 (2, B, heads, T)             p = exp(scale q k^T - softmax[0]) softmax[1], all that is kept of it
 
 Flops: 2 B heads T^2 head_dim forward, 5 B heads T^2 head_dim backward. Bytes: each operand once. There is no kernel for a GPU:
-posttrain/model/attention.py asks torch there. Oracle: the formulas in float64, in tests/test_cpu_native_attention.py.
+posttrain/model/attention.py asks torch there. Oracle: reference/causal_attention.py.
 """
 
 from __future__ import annotations

@@ -7,13 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from model_cases import random_model
 from test_model_attention import operands, plain
 from tolerance import assert_as_accurate
 
-from posttrain import adapters
 from posttrain.model.attention import attention
-from posttrain.quantized import quantize_model
 
 native = pytest.importorskip("posttrain.kernels.cpu.native", reason="the native extension was not built")
 native_attention = pytest.importorskip("posttrain.kernels.cpu.native_attention")
@@ -175,24 +172,3 @@ def test_what_it_leaves_to_pytorch():
     mask = torch.zeros(1, 1, 40, 40, dtype=BF16).masked_fill_(torch.ones(40, 40).triu(1).bool(), -torch.inf)
     assert "causal_attention" not in attention(q.requires_grad_(), k, v, mask).grad_fn.name()
     assert "causal_attention" in attention(q, k, v).grad_fn.name()
-
-
-def test_opcheck():
-    q, k, v, dy = random(2, 4, 2, 40, 32)
-    torch.library.opcheck(torch.ops.posttrain.causal_attention, tuple(t.requires_grad_() for t in (q, k, v)))
-    q, k, v = (t.detach() for t in (q, k, v))
-    saved = torch.ops.posttrain.causal_attention(q, k, v)
-    torch.library.opcheck(torch.ops.posttrain.causal_attention_backward, (q, k, v, *saved, dy))
-
-
-@pytest.mark.parametrize("quantized", (False, True))
-def test_a_model_in_bfloat16_compiles_whole(quantized):
-    """With LoRA: the same bits as without compiling, forward and backward."""
-    model = random_model("qwen3", BF16)
-    if quantized:
-        quantize_model(model)
-    adapters.attach(model, adapters.LoraConfig(r=4, init_lora_weights=False))
-    ids, parameters = torch.arange(64).view(1, 64) % 97, list(adapters.adapter_parameters(model).values())
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    found, expected = (torch.autograd.grad(f(ids).float().square().sum(), parameters) for f in (compiled, model))
-    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
