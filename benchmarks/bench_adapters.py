@@ -2,7 +2,7 @@
 
     python benchmarks/bench_adapters.py [--methods lora ia3 ...] [--no-accuracy]
 
-About 25 minutes on two cores, 7 without the accuracy, which is where the training is.
+About 40 minutes on two cores, 7 without the accuracy, which is where the training is.
   trained    parameters that train, and their share;  disk  bytes of the saved weights
   peak       the highest resident size during two steps, ours and PEFT's each in a process of its own
   step       forward, backward, clipping and AdamW on 2 x 256 tokens, a quarter of them labelled; ours and PEFT's in turn in one
@@ -54,7 +54,7 @@ from posttrain.trainer import TrainConfig
 sys.path.append(str(Path(__file__).parent))  # PYTHONSAFEPATH leaves it out
 import bench_sft
 
-B, T, ROUNDS, TEST_ITEMS = 2, 256, 3, 300
+B, T, ROUNDS, TEST_ITEMS = 2, 256, 3, 1000
 STEPS = dict.fromkeys(RECIPES, 40) | {"prefix": 100, "p-tuning": 100}
 RESULTS, WEIGHTS = Path(__file__).parent / "results" / "adapters.json", "adapter_model.safetensors"
 PEERS = {"qlora": ("peft", "bitsandbytes"), "adapter": None, "full": None}  # modules of the peer: by default PEFT alone

@@ -159,5 +159,5 @@ def aot_variants() -> Iterator[Variant]:
             constexprs |= {"RANK": rank, "S_PARTS": parts}
             name = variant.name.replace("quantized_linear", "lora_linear") + f"_r{rank}_{parts}"
             signature |= dict.fromkeys(("RANK", "S_PARTS"), "constexpr")
-            unaligned = variant.unaligned if variant.unaligned_options != variant.options else ()
+            unaligned = variant.unaligned if variant.unaligned_options not in ({}, variant.options) else ()
             yield replace(variant, name=name, signature=signature, constexprs=constexprs, unaligned=unaligned)

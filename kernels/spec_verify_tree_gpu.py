@@ -159,10 +159,11 @@ def _spec_tree_kernel(
     tl.store(num_accepted_ptr + b, num_accepted.to(tl.int64))
 
 
-def _tile(V: int, aligned: bool) -> dict[str, int]:
-    """As `tile`, half as many logits a thread: walking takes registers too."""
+def _tile(V: int, aligned: bool, two_rows: bool) -> dict[str, int]:
+    """As `tile`, half as many logits a thread: walking takes registers too. A quarter where a draft's filtered row is subtracted
+    from the target's: both rows' numbers live on."""
     tiles = tile(V, aligned)
-    return tiles | {"TILE": tiles["TILE"] // 2}
+    return tiles | {"TILE": tiles["TILE"] // (4 if two_rows and aligned else 2)}
 
 
 def _places(N: int) -> int:
@@ -184,8 +185,9 @@ def verify_draft_tree_triton(
     if not B:
         return tokens, num_accepted, path
     strides = (0, 0) if draft is None else draft.stride()[:2]
-    tiles = _tile(V, all(s % 16 == 0 for s in (*target.stride()[:2], *strides)))
     filtered = parameters is not None or top_k > 0 or top_p < 1
+    aligned = all(s % 16 == 0 for s in (*target.stride()[:2], *strides))
+    tiles = _tile(V, aligned, draft is not None and filtered and not with_replacement)
     gathered = torch.empty(B * tiles["TILE"] if filtered else 1, dtype=target.dtype, device=device)
     refused = torch.empty(B * max(N, 1), dtype=torch.int64, device=device)
     drafted, above, num_nodes = node_tokens.contiguous(), parents.contiguous(), num_nodes.contiguous()
@@ -237,7 +239,8 @@ def aot_variants() -> Iterator[Variant]:
     for dtype, (kind, (draft, replaced)), (own, filtered), passed, (V, aligned) in product(
         DTYPES, children.items(), settings, (True, False), ((32_000, True), (151_936, False))
     ):
-        pointer, integer, tiles = f"*{names[dtype]}", "i32:16" if aligned else "i32", _tile(V, aligned)
+        pointer, integer = f"*{names[dtype]}", "i32:16" if aligned else "i32"
+        tiles = _tile(V, aligned, draft and filtered and not replaced)
         signature = {
             "tokens_ptr": "*i64", "parents_ptr": "*i64", "draft_ptr": pointer, "target_ptr": pointer, "num_nodes_ptr": "*i64",
             "parameters_ptr": "*fp64", "gathered_ptr": pointer, "refused_ptr": "*i64", "uniforms_ptr": "*fp32",
