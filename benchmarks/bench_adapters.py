@@ -2,7 +2,7 @@
 
     python benchmarks/bench_adapters.py [--methods lora ia3 ...] [--no-accuracy]
 
-About 40 minutes on two cores, 7 without the accuracy, which is where the training is.
+20 to 40 minutes on two cores, 7 without the accuracy, which is where the training is.
   trained    parameters that train, and their share;  disk  bytes of the saved weights
   peak       the highest resident size during two steps, ours and PEFT's each in a process of its own
   step       forward, backward, clipping and AdamW on 2 x 256 tokens, a quarter of them labelled; ours and PEFT's in turn in one
@@ -10,7 +10,8 @@ About 40 minutes on two cores, 7 without the accuracy, which is where the traini
   accuracy   on the test split after STEPS of 2 rows of 256 tokens, with Wilson's 95 % interval and McNemar's exact test against the
              same base untrained. How rates and steps were chosen, on validation items: posttrain/adapters/recipes.py
   decode     tokens/s at batch 1, greedily, 16 after 32
-Before a step is timed the losses must agree: ours is at most twice as far from float32 as PEFT's. All bases are bf16 but
+Before a step is timed the losses must agree: ours is at most twice as far from float32 as PEFT's, or within
+bfloat16's epsilon of it. All bases are bf16 but
 qlora's (NF4; the peer is bitsandbytes + PEFT) and full's (fp32). The weights are dequantized Q4_1 values.
 
 Each method is written to results/adapters.json when it is done; a later run of the same settings adds its methods to the table.
