@@ -156,9 +156,9 @@ int linear_4bit_dx(const void *dy, int dtype, int64_t M, const uint8_t *packed, 
     return wide_linear_dx(&a);
 }
 
-int64_t multi_lora_add(const void *x, int dtype, int64_t M, const void *A, const void *B, const float *scaling, const int32_t *ranks,
-                       const int64_t *ids, int64_t n, int64_t r, int64_t N, int64_t K, void *y, int64_t threads) {
-    multi_lora_args a = {x, A, B, y, scaling, ranks, ids, dtype, M, N, K, n, r, threads, engine};
+int64_t multi_lora_add(const void *x, int dtype, int64_t M, const void *A, const void *B, int factors, const float *scaling,
+                       const int32_t *ranks, const int64_t *ids, int64_t n, int64_t r, int64_t N, int64_t K, void *y, int64_t threads) {
+    multi_lora_args a = {x, A, B, y, scaling, ranks, ids, dtype, factors, M, N, K, n, r, threads, engine};
     return multi_lora(&a, special_units >= DOT_BF16);
 }
 

@@ -14,7 +14,7 @@ enum { CHUNK = 1024 };
 /* Widened rows of A times widened rows of x, CHUNK columns at a time: sums[j * rows + m]. */
 static void shrink_unit(const multi_lora_job *j, const segment *g, int64_t row, int64_t rank, float *memory) {
     const multi_lora_args *a = j->args;
-    const int64_t size = a->dtype == FLOAT32 ? 4 : 2, K = a->K;
+    const int64_t size = a->dtype == FLOAT32 ? 4 : 2, of_A = a->factors == FLOAT32 ? 4 : 2, K = a->K;
     const int64_t rows = g->count - row < ROW_BLOCK ? g->count - row : ROW_BLOCK;
     const int64_t ranks = g->rank - rank < RANK_BLOCK ? g->rank - rank : RANK_BLOCK;
     float *w = memory, *x = w + RANK_BLOCK * CHUNK, sums[RANK_BLOCK * ROW_BLOCK];
@@ -23,8 +23,8 @@ static void shrink_unit(const multi_lora_job *j, const segment *g, int64_t row, 
         const int64_t count = K - k < CHUNK ? K - k : CHUNK, padded = ceil_div(count, 16) * 16;
         for (int64_t i = 0; i < ceil_div(ranks, 4) * 4; i++) {
             const int64_t filled = i < ranks ? count : 0; /* `dots` takes four rows: the missing ones are zero */
-            const char *row = (const char *)a->A + ((g->adapter * a->r + rank + i) * K + k) * size;
-            if (filled) a->engine->widen(row, a->dtype, count, w + i * padded);
+            const char *row = (const char *)a->A + ((g->adapter * a->r + rank + i) * K + k) * of_A;
+            if (filled) a->engine->widen(row, a->factors, count, w + i * padded);
             memset(w + i * padded + filled, 0, (padded - filled) * sizeof(float));
         }
         for (int64_t m = 0; m < rows; m++) {
@@ -56,11 +56,12 @@ static void shrink_task(void *context, int64_t thread, int64_t threads) {
 /* EXPAND_COLUMNS columns of y for all rows of a segment: B's rows are widened and transposed once. */
 static void expand_unit(const multi_lora_job *j, const segment *g, int64_t n, float *memory) {
     const multi_lora_args *a = j->args;
-    const int64_t size = a->dtype == FLOAT32 ? 4 : 2, columns = a->N - n < EXPAND_COLUMNS ? a->N - n : EXPAND_COLUMNS;
+    const int64_t size = a->dtype == FLOAT32 ? 4 : 2, of_B = a->factors == FLOAT32 ? 4 : 2;
+    const int64_t columns = a->N - n < EXPAND_COLUMNS ? a->N - n : EXPAND_COLUMNS;
     float *w = memory, *rows_of_b = w + g->rank * EXPAND_COLUMNS, *sums = rows_of_b + a->r, *y = sums + EXPAND_COLUMNS;
     memset(w, 0, g->rank * EXPAND_COLUMNS * sizeof(float));
     for (int64_t c = 0; c < columns; c++) {
-        a->engine->widen((const char *)a->B + (g->adapter * a->N + n + c) * a->r * size, a->dtype, g->rank, rows_of_b);
+        a->engine->widen((const char *)a->B + (g->adapter * a->N + n + c) * a->r * of_B, a->factors, g->rank, rows_of_b);
         for (int64_t i = 0; i < g->rank; i++) w[i * EXPAND_COLUMNS + c] = rows_of_b[i];
     }
     for (int64_t m = g->first; m < g->first + g->count; m++) {

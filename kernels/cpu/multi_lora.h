@@ -4,14 +4,15 @@
 
 #include "native.h"
 
-/* y[m, :] += scaling[i] (x[m, :] A[i]^T) B[i]^T, i = ids[m], over the first ranks[i] of r columns. All contiguous, in `dtype`. */
+/* y[m, :] += scaling[i] (x[m, :] A[i]^T) B[i]^T, i = ids[m], over the first ranks[i] of r columns. All contiguous; x and y in `dtype`,
+ * A and B in `factors`: that, or float32. */
 typedef struct {
     const void *x, *A, *B; /* (M, K), (n, r, K), (n, N, r) */
     void *y;               /* (M, N) */
     const float *scaling;
     const int32_t *ranks;  /* NULL: r everywhere */
     const int64_t *ids;    /* -1: nothing to add */
-    int dtype;
+    int dtype, factors;
     int64_t M, N, K, n, r, threads;
     const isa *engine;
 } multi_lora_args;

@@ -33,9 +33,16 @@ static inline __attribute__((always_inline)) void shrink_block(const uint16_t *c
         for (int i = 0; i < J; i++) s[r][i] = float_to_bf16(_mm512_reduce_add_ps(sums[r][i]));
 }
 
-static void shrink_rows(const multi_lora_job *j, const segment *g, int64_t place, int rows, int64_t rank, int64_t ranks) {
+/* Elements of A or B from `at` on; float32 is rounded to `room`. */
+static const uint16_t *factor_of(const multi_lora_args *a, const void *values, int64_t at, int64_t count, uint16_t *room) {
+    if (a->factors == BFLOAT16) return (const uint16_t *)values + at;
+    a->engine->narrow((const float *)values + at, BFLOAT16, count, room);
+    return room;
+}
+
+static void shrink_rows(const multi_lora_job *j, const uint16_t *A, int64_t place, int rows, int64_t rank, int64_t ranks) {
     const multi_lora_args *a = j->args;
-    const uint16_t *A = (const uint16_t *)a->A + (g->adapter * a->r + rank) * a->K, *x[4];
+    const uint16_t *x[4];
     uint16_t *s[4];
     for (int r = 0; r < rows; r++) {
         x[r] = (const uint16_t *)a->x + j->order[place + r] * a->K;
@@ -61,16 +68,23 @@ static void shrink_rows(const multi_lora_job *j, const segment *g, int64_t place
 void multi_lora_bf16_shrink(void *context, int64_t thread, int64_t threads) {
     (void)thread, (void)threads;
     multi_lora_job *j = context;
+    const multi_lora_args *a = j->args;
     const segment *g = j->segments;
+    uint16_t *room = scratch(1, a->factors == BFLOAT16 ? 64 : RANK_BLOCK * a->K * sizeof(uint16_t));
+    if (!room) {
+        j->failed = 1;
+        return;
+    }
     for (int64_t unit; (unit = take_unit(&j->next)) < j->segments[j->count].shrink_unit;) {
         while (unit >= g[1].shrink_unit) g++;
         const int64_t blocks = ceil_div(g->rank, RANK_BLOCK), inside = unit - g->shrink_unit;
         const int64_t row = inside / blocks * ROW_BLOCK, rank = inside % blocks * RANK_BLOCK;
         const int64_t rows = g->count - row < ROW_BLOCK ? g->count - row : ROW_BLOCK;
         const int64_t ranks = g->rank - rank < RANK_BLOCK ? g->rank - rank : RANK_BLOCK;
+        const uint16_t *A = factor_of(a, a->A, (g->adapter * a->r + rank) * a->K, ranks * a->K, room);
         for (int64_t m = 0; m < rows;) {
             const int taken = rows - m >= 4 ? 4 : rows - m >= 2 ? 2 : 1;
-            shrink_rows(j, g, g->first + row + m, taken, rank, ranks);
+            shrink_rows(j, A, g->first + row + m, taken, rank, ranks);
             m += taken;
         }
     }
@@ -118,7 +132,8 @@ void multi_lora_bf16_expand(void *context, int64_t thread, int64_t threads) {
     const multi_lora_args *a = j->args;
     const segment *g = j->segments;
     const int64_t stride = ceil_div(a->r, 16) * 8;
-    __m512i *w = scratch(1, EXPAND_COLUMNS / 16 * stride * sizeof(__m512i));
+    const int64_t room = a->factors == BFLOAT16 ? 0 : EXPAND_COLUMNS * a->r * sizeof(uint16_t);
+    __m512i *w = scratch(1, EXPAND_COLUMNS / 16 * stride * sizeof(__m512i) + room);
     if (!w) {
         j->failed = 1;
         return;
@@ -127,7 +142,8 @@ void multi_lora_bf16_expand(void *context, int64_t thread, int64_t threads) {
         while (unit >= g[1].expand_unit) g++;
         const int64_t n = (unit - g->expand_unit) * EXPAND_COLUMNS, pairs = ceil_div(g->rank, 2);
         const int64_t columns = a->N - n < EXPAND_COLUMNS ? a->N - n : EXPAND_COLUMNS;
-        const uint16_t *B = (const uint16_t *)a->B + (g->adapter * a->N + n) * a->r;
+        uint16_t *rounded = (uint16_t *)(w + EXPAND_COLUMNS / 16 * stride);
+        const uint16_t *B = factor_of(a, a->B, (g->adapter * a->N + n) * a->r, columns * a->r, rounded);
         for (int64_t c = 0; c < columns; c += 16)
             for (int64_t i = 0; i < g->rank; i += 16)
                 transpose_8_pairs(B + c * a->r + i, a->r, columns - c < 16 ? columns - c : 16,

@@ -30,7 +30,7 @@ _SIGNATURES = {
     "linear_4bit": [_P, _I, _L, *_WEIGHT, _P, _L, _L, _P, _L],
     "linear_4bit_dx": [_P, _I, _L, *_WEIGHT, _L, _L, _P, _L],
     "dense_linear": [_P, _L, _P, _P, _L, _L, _P, _L],
-    "multi_lora_add": [_P, _I, _L, _P, _P, _P, _P, _P, _L, _L, _L, _L, _P, _L],
+    "multi_lora_add": [_P, _I, _L, _P, _P, _I, _P, _P, _P, _L, _L, _L, _L, _P, _L],
 }
 # Below so many weights a second thread costs more than it saves.
 _SERIAL_WEIGHTS = 1 << 16
@@ -182,11 +182,12 @@ def double_dequantize(codes: Tensor, absmax: Tensor, offset: Tensor, block_size:
 
 
 def multi_lora_add(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, ranks, adapter_ids: Tensor) -> None:
-    """As pytorch_multi_lora's; every tensor contiguous."""
+    """As pytorch_multi_lora's, or with float32 factors; every tensor contiguous."""
     n, r, K = lora_A.shape
     M, N = y.shape
     status = _library.multi_lora_add(
-        x.data_ptr(), _DTYPES[x.dtype], M, lora_A.data_ptr(), lora_B.data_ptr(), scaling.data_ptr(), _address(ranks),
+        x.data_ptr(), _DTYPES[x.dtype], M, lora_A.data_ptr(), lora_B.data_ptr(), _DTYPES[lora_A.dtype], scaling.data_ptr(),
+        _address(ranks),
         adapter_ids.data_ptr(), n, r, N, K, y.data_ptr(), _threads(M * r * (N + K)),
     )  # fmt: skip
     _check(status < 0)

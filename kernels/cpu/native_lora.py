@@ -1,8 +1,8 @@
 """lora_linear of the native CPU engine.
 
 Many rows of bfloat16 on a machine with AMX are one call in C, amx_many.c, base product and low rank together; where the base is the
-vendor's (native_many.takes_product) it adds the low rank. Few rows: the base product of native_linear.py, the low rank added by
-multi_lora.c. Else torch's thin products.
+vendor's (native_many.takes_product) it adds the low rank, as it does backward for any number of rows. Few rows forward: the base
+product of native_linear.py, the low rank added by multi_lora.c. Else torch's thin products.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ def _dropped(x: Tensor, p: float, seed: int) -> Tensor:
 
 def _add_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float) -> None:
     """y += scaling x A^T B^T for few rows: the one adapter of a batch in multi_lora_add."""
-    A, B = A.detach().to(x.dtype).contiguous()[None], B.detach().to(x.dtype).contiguous()[None]
+    dtype = torch.float32 if A.dtype == B.dtype == torch.float32 else x.dtype
+    A, B = A.detach().to(dtype).contiguous()[None], B.detach().to(dtype).contiguous()[None]
     ids = torch.zeros(x.shape[0], dtype=torch.int64)
     native.multi_lora_add(y, x.contiguous(), A, B, torch.tensor([scaling]), None, ids)
 
@@ -103,7 +104,7 @@ def lora_linear_backward(
     """(dX (M, K), dA (r, K), dB (N, r)) of dy (M, N); empty (0,) where not needed. dA, dB in their factors' dtypes."""
     base = (weight, absmax, nested_absmax, nested_offset, nested_block_size, block_size, quant_type)
     needs = (need_x, need_A, need_B)
-    if not native_many.takes(x):
+    if not native_many.takes(x, backward=True):
         backward = pytorch_lora.lora_linear_backward_on
         return backward(native_linear, dy, x, base, lora_A, lora_B, scaling, dropout, seed, N, K, *needs)
     dx, (dA,), (dB,) = _backward([dy], x, [base], [lora_A], [lora_B], [scaling], dropout, seed, *needs)
@@ -125,7 +126,7 @@ def lora_linear_group_backward(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """(dX (M, K), [dA], [dB]) of [dy (M, N)]; empty (0,) where not needed."""
     needs = (need_x, need_A, need_B)
-    if not native_many.takes(x) or len(bases) > native_many.MAX_LAYERS:
+    if not native_many.takes(x, backward=True) or len(bases) > native_many.MAX_LAYERS:
         group = pytorch_lora.lora_linear_group_backward_on
         return group(native_linear, dys, x, bases, lora_As, lora_Bs, scalings, dropout, seed, Ns, K, *needs)
     return _backward(dys, x, bases, lora_As, lora_Bs, scalings, dropout, seed, *needs)
