@@ -36,7 +36,12 @@ static inline __attribute__((always_inline)) void shrink_block(const uint16_t *c
 /* Elements of A or B from `at` on; float32 is rounded to `room`. */
 static const uint16_t *factor_of(const multi_lora_args *a, const void *values, int64_t at, int64_t count, uint16_t *room) {
     if (a->factors == BFLOAT16) return (const uint16_t *)values + at;
-    a->engine->narrow((const float *)values + at, BFLOAT16, count, room);
+    const float *from = (const float *)values + at;
+    for (int64_t i = 0; i < count; i += 32) {
+        const __mmask32 kept = count - i < 32 ? (1u << (count - i)) - 1 : ~0u;
+        __m512 low = _mm512_maskz_loadu_ps((__mmask16)kept, from + i), high = _mm512_maskz_loadu_ps((__mmask16)(kept >> 16), from + i + 16);
+        _mm512_mask_storeu_epi16(room + i, kept, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+    }
     return room;
 }
 

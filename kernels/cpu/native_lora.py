@@ -38,9 +38,9 @@ def _dropped(x: Tensor, p: float, seed: int) -> Tensor:
 
 def _add_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float) -> None:
     """y += scaling x A^T B^T for few rows: the one adapter of a batch in multi_lora_add."""
-    dtype = torch.float32 if A.dtype == B.dtype == torch.float32 else x.dtype
-    A, B = A.detach().to(dtype).contiguous()[None], B.detach().to(dtype).contiguous()[None]
-    ids = torch.zeros(x.shape[0], dtype=torch.int64)
+    if not (A.dtype == B.dtype == torch.float32):
+        A, B = A.to(x.dtype), B.to(x.dtype)
+    A, B, ids = A.contiguous()[None], B.contiguous()[None], torch.zeros(x.shape[0], dtype=torch.int64)
     native.multi_lora_add(y, x.contiguous(), A, B, torch.tensor([scaling]), None, ids)
 
 

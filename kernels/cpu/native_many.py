@@ -14,7 +14,7 @@ from . import native
 
 _P, _L = ctypes.c_void_p, ctypes.c_int64
 MAX_LAYERS = 4  # in many_rows.h
-_LOW_RANK_ROWS = 64  # forward, fewer leave the packing of A and B unpaid
+_LOW_RANK_ROWS = 32  # forward, fewer leave the packing of A and B unpaid
 _PRODUCT_ROWS = 256  # up to so many leave the packing of W unpaid
 _DEPTH, _WEIGHTS = 2048, 1 << 21
 

@@ -12,7 +12,6 @@ once.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import pytorch
@@ -50,10 +49,10 @@ def dropout(x: Tensor, dropout: float, seed: int) -> Tensor:
 
 
 def base_product(engine, x, base, bias, N, K) -> Tensor:
-    """x W^T + bias where `engine` has linear_4bit."""
+    """x W^T + bias where `engine` has linear_4bit and dense_linear."""
     *tensors, block_size, quant_type = base
     if quant_type == "none":
-        return F.linear(x, tensors[0], bias)
+        return engine.dense_linear(x, tensors[0], bias)
     return engine.linear_4bit(x, *tensors, bias, N, K, block_size, quant_type)
 
 
