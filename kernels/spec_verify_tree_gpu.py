@@ -8,7 +8,9 @@ drawn child needs the row again, for what is left of p, and the draw; these read
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -166,6 +168,13 @@ def _tile(V: int, aligned: bool, two_rows: bool) -> dict[str, int]:
     return tiles | {"TILE": tiles["TILE"] // (4 if two_rows and aligned else 2)}
 
 
+def _options(backend_name: str, two_rows: bool) -> dict[str, Any]:
+    """With two rows' numbers alive, more registers than `compiler_options` allows: a tree is one program, and there are no more
+    programs than trees."""
+    options = compiler_options(backend_name)
+    return options | {"maxnreg": 192} if two_rows and "maxnreg" in options else options
+
+
 def _places(N: int) -> int:
     """Lanes for a root and N nodes, at least 64: trees vary in size, and each width is compiled anew."""
     return max(64, triton.next_power_of_2(N + 1))
@@ -187,7 +196,8 @@ def verify_draft_tree_triton(
     strides = (0, 0) if draft is None else draft.stride()[:2]
     filtered = parameters is not None or top_k > 0 or top_p < 1
     aligned = all(s % 16 == 0 for s in (*target.stride()[:2], *strides))
-    tiles = _tile(V, aligned, draft is not None and filtered and not with_replacement)
+    two_rows = draft is not None and filtered and not with_replacement
+    tiles = _tile(V, aligned, two_rows)
     gathered = torch.empty(B * tiles["TILE"] if filtered else 1, dtype=target.dtype, device=device)
     refused = torch.empty(B * max(N, 1), dtype=torch.int64, device=device)
     drafted, above, num_nodes = node_tokens.contiguous(), parents.contiguous(), num_nodes.contiguous()
@@ -198,7 +208,7 @@ def verify_draft_tree_triton(
         *target.stride()[:2], N, V, V if draft is None else draft.shape[2], depth, temperature, top_k, top_p, seed,
         OWN=parameters is not None, DRAFT=draft is not None, FILTER=filtered, REPLACED=with_replacement,
         UNIFORMS=uniforms is not None, GUMBEL=gumbel is not None, SEEDS=seeds is not None, OFFSETS=offsets is not None,
-        PLACES=_places(N), **tiles, **compiler_options(backend()),
+        PLACES=_places(N), **tiles, **_options(backend(), two_rows),
     )  # fmt: skip
     return tokens, num_accepted, path
 
@@ -240,7 +250,8 @@ def aot_variants() -> Iterator[Variant]:
         DTYPES, children.items(), settings, (True, False), ((32_000, True), (151_936, False))
     ):
         pointer, integer = f"*{names[dtype]}", "i32:16" if aligned else "i32"
-        tiles = _tile(V, aligned, draft and filtered and not replaced)
+        two_rows = draft and filtered and not replaced
+        tiles = _tile(V, aligned, two_rows)
         signature = {
             "tokens_ptr": "*i64", "parents_ptr": "*i64", "draft_ptr": pointer, "target_ptr": pointer, "num_nodes_ptr": "*i64",
             "parameters_ptr": "*fp64", "gathered_ptr": pointer, "refused_ptr": "*i64", "uniforms_ptr": "*fp32",
@@ -264,6 +275,7 @@ def aot_variants() -> Iterator[Variant]:
             + f"_{V}"
             + "_odd" * (not aligned)
         )
-        yield from _variants(name, _spec_tree_kernel, signature, constants, absent, tiles["num_warps"])
+        for variant in _variants(name, _spec_tree_kernel, signature, constants, absent, tiles["num_warps"]):
+            yield replace(variant, options=_options(variant.backends[0], two_rows))
     signature = {"parents_ptr": "*i64", "mask_ptr": "*i1", "depth_ptr": "*i64", "N": "i32"}
     yield Variant("tree_attention", _tree_attention_kernel, signature, {"PLACES": 64}, num_warps=1)
