@@ -2,7 +2,8 @@
 LoRA layer on torch's Linear and on bitsandbytes' Linear4bit, and beside our own base product without a low-rank term.
 
 The base of "forward + backward" is x W^T with dY W: what a frozen layer costs. PEFT trains what we train: A and B in fp32, x in
-bf16. On a machine that others use, `--cpu-time --threads 1` is the fairer clock.
+bf16. Forward it is timed as it trains and in eval mode, where bitsandbytes packs the weight anew for few rows. On a machine that
+others use, `--cpu-time --threads 1` is the fairer clock.
 """
 
 # ruff: noqa: B023 (every closure runs in the round of the loop that made it)
@@ -78,7 +79,8 @@ def main() -> None:
         packed = kernels.quantize_weight(dense)
         A, B = (torch.randn(s) / s[1] ** 0.5 for s in ((r, K), (N, r)))
         for kind, w in (("dense", dense), ("nf4", packed)):
-            peer = peft_layer(dense, A, B, kind == "nf4")
+            peer, still = (peft_layer(dense, A, B, kind == "nf4") for _ in range(2))
+            still = still and still.eval()
             peer_leaves = () if peer is None else (peer.lora_A["default"].weight, peer.lora_B["default"].weight)
             leaves = A.clone().requires_grad_(), B.clone().requires_grad_()
             exact_w = (w if kind == "dense" else w.dequantize()).double()
@@ -97,7 +99,12 @@ def main() -> None:
                 moved = weight + 2 * M * (N + K) + 4 * r * (N + K)
                 with torch.no_grad():
                     times = _bench.in_turn(
-                        {"posttrain": lambda x=x: ours(x), "our base": lambda x=x: base(x), "peft": peer and (lambda x=x: peer(x))},
+                        {
+                            "posttrain": lambda x=x: ours(x),
+                            "our base": lambda x=x: base(x),
+                            "peft": peer and (lambda x=x: peer(x)),
+                            "peft eval": still and (lambda x=x: still(x)),
+                        },
                         options,
                     )
                 rows.append(_bench.row(f"forward {kind} N={N} K={K} M={M} r={r}", times, moved, speed))
