@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import cpu
-from ._library import LIBRARY, define
+from ._library import define, differentiable
 
 
 def _like(x: Tensor) -> Tensor:
@@ -56,15 +56,15 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, dy, _):
     # the equations above, p from q k^T and softmax
-    return torch.ops.posttrain.causal_attention_backward(*ctx.saved_tensors, dy)
+    return _call_backward(*ctx.saved_tensors, dy)
 
 
 def _no_double_backward(ctx, *gradients):
     raise RuntimeError("the gradients of causal_attention cannot be differentiated again: call backward without create_graph=True")
 
 
-torch.library.register_autograd("posttrain::causal_attention", _backward, setup_context=_setup_context, lib=LIBRARY)
-torch.library.register_autograd("posttrain::causal_attention_backward", _no_double_backward, lib=LIBRARY)
+_call = differentiable("causal_attention", _backward, _setup_context)
+_call_backward = differentiable("causal_attention_backward", _no_double_backward)
 
 
 def causal_attention_takes(q: Tensor, k: Tensor, v: Tensor, trained: bool) -> bool:
@@ -75,4 +75,4 @@ def causal_attention_takes(q: Tensor, k: Tensor, v: Tensor, trained: bool) -> bo
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(head_dim)) v, causal, where `causal_attention_takes` it. Differentiable in q, k and v, once."""
-    return torch.ops.posttrain.causal_attention(q, k, v)[0]
+    return _call(q, k, v)[0]

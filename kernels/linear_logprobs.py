@@ -36,7 +36,7 @@ from torch.autograd.function import once_differentiable
 
 from . import cpu
 from . import logit_rows as _logit_rows  # also defines the op
-from ._library import LIBRARY, define
+from ._library import define, differentiable
 from .nf4 import DTYPES
 from .quantized_weight import QuantizedWeight
 
@@ -181,14 +181,14 @@ def _backward(ctx, gradient, *_):
         hidden, weight, absmax, nested, offset, labels, bias = ctx.saved_tensors
         nested_block_size, ignore_index, format = ctx.rest
         base = (weight, absmax, nested, offset, nested_block_size)
-        needs = ctx.needs_input_grad[1], ctx.needs_input_grad[7]
+        needs = ctx.needs[1], ctx.needs[7]
         op = torch.ops.posttrain.linear_logprobs_backward
         dhidden, dweight, dbias = op(gradient, hidden, *base, labels, bias, ignore_index, *needs, *format)
         dweight, dbias = dweight if needs[0] else None, dbias if needs[1] else None
     return dhidden, dweight, *(None,) * 5, dbias, *(None,) * 7
 
 
-torch.library.register_autograd("posttrain::linear_logprobs", _backward, setup_context=_setup_context, lib=LIBRARY)
+differentiable("linear_logprobs", _backward, _setup_context)
 
 
 @overload

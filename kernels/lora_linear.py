@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from . import cpu, lora_linear_gpu
-from ._library import LIBRARY, define
+from ._library import define, differentiable
 from ._rows import unflattened
 from .nf4 import DTYPES
 from .quantized_weight import QuantizedWeight
@@ -164,12 +164,11 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, dy):
     # dX = dY W + drop'(V A)      dA = V^T x'      dB = scaling dY^T (x' A^T)      dbias = sum of dY's rows; a dense W: dY^T x
     x, weight, absmax, nested, offset, A, B = ctx.saved_tensors
-    need_x, need_weight, need_A, need_B, need_bias = (ctx.needs_input_grad[i] for i in (0, 1, 6, 7, 9))
+    need_x, need_weight, need_A, need_B, need_bias = (ctx.needs[i] for i in (0, 1, 6, 7, 9))
     dx = dweight = dA = dB = None
     if need_x or need_A or need_B:
         base = (weight, absmax, nested, offset, ctx.nested_block_size)
-        op = torch.ops.posttrain.lora_linear_backward
-        dx, dA, dB = op(dy, x, *base, A, B, ctx.scaling, *ctx.rest, need_x, need_A, need_B)
+        dx, dA, dB = _call_backward(dy, x, *base, A, B, ctx.scaling, *ctx.rest, need_x, need_A, need_B)
     if need_weight:
         dweight = _rows(dy, dy.shape[-1]).t() @ _rows(x, x.shape[-1])
     dbias = _rows(dy, dy.shape[-1]).sum(0) if need_bias else None
@@ -193,16 +192,14 @@ def _backward_group(ctx, dys):
         lists.append(saved[:count])
         saved = saved[count:]
     weights, absmaxes, nested, offsets, As, Bs = lists
-    need_x, need_As, need_Bs, need_biases = (ctx.needs_input_grad[i] for i in (0, 6, 7, 9))
-    op = torch.ops.posttrain.lora_linear_group_backward
+    need_x, need_As, need_Bs, need_biases = (ctx.needs[i] for i in (0, 6, 7, 9))
     base = (weights, absmaxes, nested, offsets, ctx.nested_block_size, As, Bs, ctx.scalings)
-    dx, dAs, dBs = op(dys, x, *base, *ctx.rest, need_x, any(need_As), any(need_Bs))
+    dx, dAs, dBs = _call_group_backward(dys, x, *base, *ctx.rest, need_x, any(need_As), any(need_Bs))
     dAs = [dA if need else None for dA, need in zip(dAs, need_As, strict=True)]
     dBs = [dB if need else None for dB, need in zip(dBs, need_Bs, strict=True)]
     dbiases = [_rows(dy, dy.shape[-1]).sum(0) if need else None for dy, need in zip(dys, need_biases, strict=False)]
     dweights = [
-        _rows(dy, dy.shape[-1]).t() @ _rows(x, x.shape[-1]) if need else None
-        for dy, need in zip(dys, ctx.needs_input_grad[1], strict=True)
+        _rows(dy, dy.shape[-1]).t() @ _rows(x, x.shape[-1]) if need else None for dy, need in zip(dys, ctx.needs[1], strict=True)
     ]
     frozen = ([None] * count for count in ctx.counts[1:4])
     return (dx if need_x else None, dweights, *frozen, None, dAs, dBs, None, dbiases, *[None] * 6)
@@ -215,10 +212,10 @@ def _no_double_backward(ctx, *gradients):
     )
 
 
-for _name in ("lora_linear", "lora_linear_group"):
-    _formula = (_backward, _setup_context) if _name == "lora_linear" else (_backward_group, _setup_context_group)
-    torch.library.register_autograd(f"posttrain::{_name}", _formula[0], setup_context=_formula[1], lib=LIBRARY)
-    torch.library.register_autograd(f"posttrain::{_name}_backward", _no_double_backward, lib=LIBRARY)
+_call = differentiable("lora_linear", _backward, _setup_context)
+_call_group = differentiable("lora_linear_group", _backward_group, _setup_context_group)
+_call_backward = differentiable("lora_linear_backward", _no_double_backward)
+_call_group_backward = differentiable("lora_linear_group_backward", _no_double_backward)
 
 
 def _check(
@@ -288,7 +285,7 @@ def lora_linear(
     N, K = _check(x, w, lora_A, lora_B, scaling, bias)
     base = (w, None, None, None, 0) if isinstance(w, Tensor) else w.tensors()
     seed = _seed(dropout, seed)
-    return torch.ops.posttrain.lora_linear(x, *base, lora_A, lora_B, scaling, bias, dropout, seed, N, K, *_format(w))
+    return _call(x, *base, lora_A, lora_B, scaling, bias, dropout, seed, N, K, *_format(w))
 
 
 Layer = tuple[Tensor | QuantizedWeight, Tensor, Tensor, float, Tensor | None]
@@ -313,7 +310,7 @@ def lora_linear_group(x: Tensor, layers: Sequence[Layer], *, dropout: float = 0.
     tensors = [[t for t in column if t is not None] for column in tensors]
     if any(bias is not None for bias in biases):
         biases = [x.new_zeros(N) if bias is None else bias for bias, (N, _) in zip(biases, shapes, strict=True)]
-    return torch.ops.posttrain.lora_linear_group(
+    return _call_group(
         x, *tensors, nested_block_size, As, Bs, scalings, [b for b in biases if b is not None], dropout,
         _seed(dropout, seed), [N for N, _ in shapes], shapes[0][1], *_format(weights[0]),
     )  # fmt: skip

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import cpu
-from ._library import LIBRARY, define
+from ._library import define, differentiable
 from ._multi_lora import multi_lora_add_triton
 from ._rows import unflattened
 from ._segments import segment_rows_triton
@@ -128,7 +128,7 @@ def _forward_only(ctx, inputs, output):
     )
 
 
-torch.library.register_autograd("posttrain::multi_lora_linear", _forward_only, setup_context=_forward_only, lib=LIBRARY)
+_call = differentiable("multi_lora_linear", _forward_only, _forward_only)
 
 
 def multi_lora_linear(
@@ -168,9 +168,7 @@ def multi_lora_linear(
     order, tiles = (None, None) if segments is None else segments[1:3]
     base = (w, None, None, None, 0) if isinstance(w, Tensor) else w.tensors()
     form = (0, "none") if isinstance(w, Tensor) else (w.block_size, w.quant_type)
-    return torch.ops.posttrain.multi_lora_linear(
-        x, *base, lora_A, lora_B, scaling, ranks, ids.reshape(-1).contiguous(), order, tiles, bias, N, K, *form
-    )
+    return _call(x, *base, lora_A, lora_B, scaling, ranks, ids.reshape(-1).contiguous(), order, tiles, bias, N, K, *form)
 
 
 def _check(x, w, lora_A, lora_B, scaling, ranks, bias) -> tuple[int, int]:

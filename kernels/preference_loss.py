@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ._library import LIBRARY, define
+from ._library import define, differentiable
 from ._triton import tl, triton
 from ._variant import Variant
 from .preference_losses import DIVERGENCES, LOSSES, Loss, on_tensors
@@ -136,7 +136,7 @@ def _backward(ctx, dlosses, *_):
     return dlosses * dchosen, dlosses * drejected, *(None,) * 11
 
 
-torch.library.register_autograd("posttrain::preference_loss", _backward, setup_context=_setup_context, lib=LIBRARY)
+differentiable("preference_loss", _backward, _setup_context)
 
 
 def check_options(

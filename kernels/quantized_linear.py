@@ -19,12 +19,11 @@ from __future__ import annotations
 
 import math
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import cpu
-from ._library import LIBRARY, define
+from ._library import define, differentiable
 from ._rows import unflattened
 from .nf4 import DTYPES, dequantize_4bit_triton
 from .quantized_linear_decode import quantized_linear_decode_triton
@@ -105,9 +104,9 @@ def _backward(ctx, dy):
     packed, absmax, nested, offset = ctx.saved_tensors
     N = ctx.rest[1]
     dx = dbias = None
-    if ctx.needs_input_grad[0]:
-        dx = torch.ops.posttrain.quantized_linear_dx(dy, packed, absmax, nested, offset, *ctx.rest)
-    if ctx.has_bias and ctx.needs_input_grad[6]:
+    if ctx.needs[0]:
+        dx = _call_dx(dy, packed, absmax, nested, offset, *ctx.rest)
+    if ctx.has_bias and ctx.needs[6]:
         dbias = dy.reshape(-1, N).sum(0)
     return dx, None, None, None, None, None, dbias, None, None, None, None
 
@@ -122,12 +121,12 @@ def _backward_dx(ctx, ddx):
     # dx = dy W is linear in dy: ddy = ddx W^T, so gradients of gradients are the forward again
     packed, absmax, nested, offset = ctx.saved_tensors
     nested_block_size, *rest = ctx.rest
-    ddy = torch.ops.posttrain.quantized_linear(ddx, packed, absmax, nested, offset, nested_block_size, None, *rest)
+    ddy = _call(ddx, packed, absmax, nested, offset, nested_block_size, None, *rest)
     return ddy, None, None, None, None, None, None, None, None, None
 
 
-torch.library.register_autograd("posttrain::quantized_linear", _backward, setup_context=_setup_context, lib=LIBRARY)
-torch.library.register_autograd("posttrain::quantized_linear_dx", _backward_dx, setup_context=_setup_context_dx, lib=LIBRARY)
+_call = differentiable("quantized_linear", _backward, _setup_context)
+_call_dx = differentiable("quantized_linear_dx", _backward_dx, _setup_context_dx)
 
 
 def quantized_linear(x: Tensor, w: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
@@ -153,4 +152,4 @@ def quantized_linear(x: Tensor, w: QuantizedWeight, bias: Tensor | None = None) 
         raise ValueError(
             f"bias is {bias.dtype} {tuple(bias.shape)} on {bias.device}; expected {x.dtype} ({N},) on {x.device}, as x's"
         )
-    return torch.ops.posttrain.quantized_linear(x, *w.tensors(), bias, N, K, w.block_size, w.quant_type)
+    return _call(x, *w.tensors(), bias, N, K, w.block_size, w.quant_type)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from . import cpu
-from ._library import LIBRARY, define
+from ._library import define, differentiable
 from ._rows import rows_of
 from ._triton import tl, triton
 from ._variant import Variant
@@ -144,8 +144,8 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, dy, _):
     # dx = r (w dy - n mean(w dy n)),  dw = sum over rows of dy n
-    need_x, need_weight, _ = ctx.needs_input_grad
-    dx, dweight = torch.ops.posttrain.rms_norm_backward(dy, *ctx.saved_tensors, need_weight)
+    need_x, need_weight, _ = ctx.needs
+    dx, dweight = _call_backward(dy, *ctx.saved_tensors, need_weight)
     return dx if need_x else None, dweight if need_weight else None, None
 
 
@@ -153,8 +153,8 @@ def _no_second_derivative(ctx, *_):
     raise RuntimeError("rms_norm has no second derivative; take it of the plain expression x * rsqrt(mean(x^2) + eps) * weight")
 
 
-torch.library.register_autograd("posttrain::rms_norm", _backward, setup_context=_setup_context, lib=LIBRARY)
-torch.library.register_autograd("posttrain::rms_norm_backward", _no_second_derivative, lib=LIBRARY)
+_call = differentiable("rms_norm", _backward, _setup_context)
+_call_backward = differentiable("rms_norm_backward", _no_second_derivative)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
@@ -166,7 +166,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
         raise ValueError(f"x {tuple(x.shape)}, weight {tuple(weight.shape)}; expected (..., D) and (D,)")
     if weight.device != x.device:
         raise ValueError(f"x is on {x.device} and weight on {weight.device}; move one to the other")
-    return torch.ops.posttrain.rms_norm(x, weight, eps)[0]
+    return _call(x, weight, eps)[0]
 
 
 def aot_variants() -> Iterator[Variant]:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from . import cpu
-from ._library import LIBRARY, define
+from ._library import define, differentiable
 from ._triton import tl, triton
 from ._variant import Variant
 from .cpu import pytorch_rope
@@ -97,10 +97,10 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, dy):
     # dx = dy cos + roll(dy sin, D/2), the transpose of y = x cos + roll(x, D/2) sin; and the other way round
-    return torch.ops.posttrain.rope(dy, *ctx.saved_tensors, not ctx.transposed), None, None, None
+    return _call(dy, *ctx.saved_tensors, not ctx.transposed), None, None, None
 
 
-torch.library.register_autograd("posttrain::rope", _backward, setup_context=_setup_context, lib=LIBRARY)
+_call = differentiable("rope", _backward, _setup_context)
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         raise ValueError(f"x is on {x.device}, cos on {cos.device} and sin on {sin.device}; move them to one")
     if torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
         raise ValueError("rope has no gradient for cos and sin: detach them, or take it of x * cos + x.roll(D // 2, -1) * sin")
-    return torch.ops.posttrain.rope(x, cos, sin, False)
+    return _call(x, cos, sin, False)
 
 
 def aot_variants() -> Iterator[Variant]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import cpu
-from ._library import LIBRARY, define
+from ._library import define, differentiable
 from ._rows import rows_of
 from ._triton import tl, triton
 from ._variant import Variant
@@ -109,8 +109,8 @@ define(
 
 def _backward(ctx, dy):
     # du = dy g s        dg = dy u s (1 + g (1 - s))
-    dgate, dup = torch.ops.posttrain.swiglu_backward(dy, *ctx.saved_tensors)
-    need_gate, need_up = ctx.needs_input_grad
+    dgate, dup = _call_backward(dy, *ctx.saved_tensors)
+    need_gate, need_up = ctx.needs
     return dgate if need_gate else None, dup if need_up else None
 
 
@@ -118,10 +118,8 @@ def _no_second_derivative(ctx, *_):
     raise RuntimeError("swiglu has no second derivative; take it of the plain expression silu(gate) * up")
 
 
-torch.library.register_autograd(
-    "posttrain::swiglu", _backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs), lib=LIBRARY
-)
-torch.library.register_autograd("posttrain::swiglu_backward", _no_second_derivative, lib=LIBRARY)
+_call = differentiable("swiglu", _backward, lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+_call_backward = differentiable("swiglu_backward", _no_second_derivative)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -135,7 +133,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         raise TypeError(f"gate is {gate.dtype} and up {up.dtype}; cast one to the other's")
     if gate.device != up.device:
         raise ValueError(f"gate is on {gate.device} and up on {up.device}; move one to the other")
-    return torch.ops.posttrain.swiglu(gate, up)
+    return _call(gate, up)
 
 
 def aot_variants() -> Iterator[Variant]:

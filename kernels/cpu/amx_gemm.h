@@ -21,7 +21,6 @@ typedef struct {
     int64_t stride, rows, columns;
 } factor;
 
-static inline int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline __mmask32 first_words(int64_t count) { return count >= 32 ? 0xffffffff : count <= 0 ? 0 : (1u << count) - 1; }
 
 /* 32 rows from `row` on as left steps. */

@@ -2,6 +2,7 @@
  * -1 when memory ran out. Shapes were checked by the caller; nothing here reads beyond them. */
 #include <string.h>
 
+#include "low_rank.h"
 #include "multi_lora.h"
 #include "scalar.h"
 #include "spec_verify.h"
@@ -136,22 +137,33 @@ int double_dequantize(const uint8_t *codes, const float *absmax, const float *of
     return 0;
 }
 
+/* y += scaling x A^T B^T for at most FEW_ROWS rows: the one adapter of a batch. */
+enum { FEW_ROWS = 64 };
+int low_rank_add(low_rank *l, void *y) {
+    const int64_t ids[FEW_ROWS] = {0};
+    const multi_lora_args a = {l->x, l->A, l->B, y, &l->scaling, NULL, ids, l->dtype, l->factors, l->M, l->N, l->K, 1, l->r, l->threads, engine};
+    return (int)multi_lora(&a, special_units >= DOT_BF16);
+}
+
+/* `low`: NULL, or what is added to y, for at most FEW_ROWS rows; its engine is set here. */
 int linear_4bit(const void *x, int dtype, int64_t M, const uint8_t *packed, const void *absmax, const float *nested_absmax,
                 const float *nested_offset, int64_t nested_block_size, int64_t block_size, int quant_type, const void *bias,
-                int64_t N, int64_t K, void *y, int64_t threads) {
+                int64_t N, int64_t K, void *y, int64_t threads, low_rank *low) {
     weight w = make_weight(packed, absmax, nested_absmax, nested_offset, nested_block_size, block_size, quant_type);
-    linear_args a = {x, bias, y, dtype, M, N, K, threads, &w, engine};
+    linear_args a = {x, bias, y, dtype, M, N, K, threads, &w, engine, low};
+    if (low) low->engine = engine;
     /* one or two rows leave most of a tile empty; from three on AMX wins */
-    if (special_units >= AMX && M > 2 && amx_usable(&a)) return amx_linear(&a);
-    if (lookup_usable(&a)) return lookup_linear(&a);
-    return wide_linear(&a);
+    const int tiles = special_units >= AMX && M > 2 && amx_usable(&a);
+    if (!tiles && lookup_usable(&a)) return lookup_linear(&a);
+    const int status = tiles ? amx_linear(&a) : wide_linear(&a);
+    return status || !low ? status : low_rank_add(low, y);
 }
 
 int linear_4bit_dx(const void *dy, int dtype, int64_t M, const uint8_t *packed, const void *absmax, const float *nested_absmax,
                    const float *nested_offset, int64_t nested_block_size, int64_t block_size, int quant_type, int64_t N, int64_t K,
                    void *dx, int64_t threads) {
     weight w = make_weight(packed, absmax, nested_absmax, nested_offset, nested_block_size, block_size, quant_type);
-    linear_args a = {dy, NULL, dx, dtype, M, N, K, threads, &w, engine};
+    linear_args a = {dy, NULL, dx, dtype, M, N, K, threads, &w, engine, NULL};
     if (special_units >= AMX && amx_dx_usable(&a)) return amx_linear_dx(&a);
     return wide_linear_dx(&a);
 }
@@ -160,6 +172,11 @@ int64_t multi_lora_add(const void *x, int dtype, int64_t M, const void *A, const
                        const int32_t *ranks, const int64_t *ids, int64_t n, int64_t r, int64_t N, int64_t K, void *y, int64_t threads) {
     multi_lora_args a = {x, A, B, y, scaling, ranks, ids, dtype, factors, M, N, K, n, r, threads, engine};
     return multi_lora(&a, special_units >= DOT_BF16);
+}
+
+int few_rows_backward(low_rank *l, const void *dy, void *dx, float *dA, float *dB) {
+    l->engine = engine;
+    return low_rank_backward(l, dy, dx, dA, dB);
 }
 
 typedef struct {

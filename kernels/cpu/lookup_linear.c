@@ -1,6 +1,8 @@
 /* x W^T for one to four rows of x with AVX-512: codes are looked up and multiplied, and absmax once the sum over its block.
  *
- *     y[m, n] = sum_b absmax[n, b] * (sum_{k in b} value[code[n, k]] * x[m, k]) + bias[n]
+ *     y[m, n] = sum_b absmax[n, b] * (sum_{k in b} value[code[n, k]] * x[m, k]) + sum_i s[m, i] B[n, i] + bias[n]
+ *
+ * with s = scaling x A^T of a low rank, if there is one: r more terms of the same sum.
  *
  * A 64-byte load holds 16 dwords of eight nibbles, and vpermps looks up the lowest nibble of each: seven shifts bring the others
  * there, with no mask and no shuffle, and x is laid out in that order. The dwords 0..7 and 8..15 may belong to two blocks. Products
@@ -9,6 +11,7 @@
  * Bytes: the packed weight once. Per 128 weights: 8 look-ups (port 5 alone), 7 shifts (port 0 alone), 8 M multiply-adds and M + 1
  * more for absmax (either): 12.5 cycles at M = 1. vdpbf16ps would be more: it takes both ports for two cycles, and wants a table
  * scaled and rounded for every block. */
+#include "low_rank.h"
 #include "scalar.h"
 
 #if defined(__x86_64__)
@@ -24,7 +27,26 @@ typedef struct {
     const linear_args *args;
     const float *x; /* (M, ldx): vector j of a group of 128 holds elements 8 i + (j ^ 1), zero beyond K */
     int64_t ldx;
+    const float *s; /* (M, ld), or NULL */
 } lookup_job;
+
+/* Up to 16 elements as float32, zero where not `kept`. */
+static inline __m512 widen16(const void *values, int dtype, int64_t at, __mmask16 kept) {
+    if (dtype == FLOAT32) return _mm512_maskz_loadu_ps(kept, (const float *)values + at);
+    const __m256i halves = _mm256_maskz_loadu_epi16(kept, (const uint16_t *)values + at);
+    if (dtype == FLOAT16) return _mm512_cvtph_ps(halves);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
+
+/* sums += s times row n of B. */
+static inline __attribute__((always_inline)) void add_low_rank(const lookup_job *j, int64_t n, int M, __m512 *sums) {
+    const low_rank *l = j->args->low;
+    const int64_t r = l->r, ld = low_rank_ld(l);
+    for (int64_t i = 0; i < r; i += 16) {
+        const __m512 b = widen16(l->B, l->factors, n * r + i, r - i < 16 ? (1 << (r - i)) - 1 : 0xffff);
+        for (int m = 0; m < M; m++) sums[m] = _mm512_fmadd_ps(_mm512_loadu_ps(j->s + m * ld + i), b, sums[m]);
+    }
+}
 
 /* sums += 128 products, or 64 under the mask 0x00ff: each of M, `two_blocks` and `kept` is a constant of its copy. */
 static inline __attribute__((always_inline)) void multiply_group(const uint8_t *packed, const float *absmax, const float *x,
@@ -69,6 +91,7 @@ static inline __attribute__((always_inline)) void rows_times_x(const lookup_job 
         if (K % 128)
             multiply_group(row + groups * 64, absmax + (blocks - 1) % MAX_BLOCKS, j->x + groups * 128, j->ldx, values, M, 0, 0x00ff,
                            sums);
+        if (j->s) add_low_rank(j, n, M, sums);
         for (int m = 0; m < M; m++) {
             float y = _mm512_reduce_add_ps(sums[m]) + (a->bias ? load_float(a->bias, a->dtype, n) : 0);
             store_float(y, a->dtype, a->y, m * a->N + n);
@@ -93,7 +116,7 @@ int lookup_usable(const linear_args *a) {
 
 int lookup_linear(const linear_args *a) {
     const int64_t ldx = ceil_div(a->K, 128) * 128, size = a->dtype == FLOAT32 ? 4 : 2;
-    float *x = scratch(0, (a->M + 1) * ldx * sizeof(float)), *wide = x + a->M * ldx;
+    float *x = scratch(0, ((a->M + 1) * ldx + (a->low ? low_rank_floats(a->low) : 0)) * sizeof(float)), *wide = x + a->M * ldx;
     if (!x) return -1;
     for (int64_t m = 0; m < a->M; m++) {
         a->engine->widen((const char *)a->x + m * a->K * size, a->dtype, a->K, wide);
@@ -102,7 +125,8 @@ int lookup_linear(const linear_args *a) {
             for (int s = 0; s < 8; s++)
                 for (int i = 0; i < 16; i++) x[m * ldx + g + 16 * s + i] = wide[g + 8 * i + (s ^ 1)];
     }
-    lookup_job j = {a, x, ldx};
+    lookup_job j = {a, x, ldx, a->low ? low_rank_down(a->low, wide + ldx) : NULL};
+    if (a->low && !j.s) return -1;
     run_parallel(lookup_task, &j, a->threads);
     return 0;
 }

@@ -88,6 +88,7 @@ enum { SWIGLU_RUN = 512 };
 
 extern const isa isa_portable, isa_avx2, isa_avx512, isa_neon;
 
+static inline int64_t at_most(int64_t n, int64_t most) { return n < most ? n : most; }
 /* ceil(a / b), and the start of part i when n things are cut into `parts` runs of whole `unit`s. */
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static inline int64_t part_start(int64_t n, int64_t unit, int64_t part, int64_t parts) {
@@ -106,6 +107,7 @@ void *scratch(int slot, size_t bytes);
 
 /* One product with the weight: y = x W^T + bias, x (M, K), y (M, N); or, in the *_dx functions, x holds dY (M, N), y is
  * dX (M, K) = dY W and bias is NULL. x, y and bias are contiguous in `dtype`. The functions return 0, or -1 out of memory. */
+typedef struct low_rank low_rank; /* low_rank.h */
 typedef struct {
     const void *x, *bias;
     void *y;
@@ -113,6 +115,7 @@ typedef struct {
     int64_t M, N, K, threads;
     const weight *w;
     const isa *engine;
+    const low_rank *low; /* to be added to y; NULL: none. lookup_linear alone takes one */
 } linear_args;
 
 int wide_linear(const linear_args *a);

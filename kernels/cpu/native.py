@@ -27,7 +27,7 @@ _SIGNATURES = {
     "dequantize_4bit": [*_WEIGHT, _I, _L, _P, _L],
     "double_quantize": [_P, _L, _L, _P, _P, _P, _L],
     "double_dequantize": [_P, _P, _P, _L, _L, _P, _L],
-    "linear_4bit": [_P, _I, _L, *_WEIGHT, _P, _L, _L, _P, _L],
+    "linear_4bit": [_P, _I, _L, *_WEIGHT, _P, _L, _L, _P, _L, _P],
     "linear_4bit_dx": [_P, _I, _L, *_WEIGHT, _L, _L, _P, _L],
     "dense_linear": [_P, _L, _P, _P, _L, _L, _P, _L],
     "multi_lora_add": [_P, _I, _L, _P, _P, _I, _P, _P, _P, _L, _L, _L, _L, _P, _L],

@@ -4,12 +4,15 @@ GEMM does the rest."""
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import native, native_many
 from .native import _DTYPES, _QUANT_TYPES, _address, _check, _dequantize_into, _library, _threads, kept_memory
+from .native_low_rank import LowRank
 
 # Up to so many rows the product is computed from the packed weight row by row; AMX keeps up with the others for longer.
 _FUSED_ROWS, _FUSED_ROWS_AMX = 64, 256
@@ -41,11 +44,14 @@ def _check_dtypes(x: Tensor, bias: Tensor | None) -> None:
         raise TypeError(f"bias is {bias.dtype} and x is {x.dtype}; give both in one dtype")
 
 
-def linear_4bit(x, packed, absmax, nested_absmax, nested_offset, nested_block_size, bias, N, K, block_size, quant_type) -> Tensor:
-    """x (M, K) times the weight (N, K) transposed, plus bias (N,) or None, in x's dtype: (M, N)."""
+def linear_4bit(
+    x, packed, absmax, nested_absmax, nested_offset, nested_block_size, bias, N, K, block_size, quant_type,
+    low: LowRank | None = None,
+) -> Tensor:  # fmt: skip
+    """x (M, K) times the weight (N, K) transposed, plus bias (N,) or None, in x's dtype: (M, N). `low`, for few rows, is added."""
     _check_dtypes(x, bias)
     M = x.shape[0]
-    if M > (_FUSED_ROWS_AMX if _amx_takes(x.dtype, K, block_size) else _FUSED_ROWS):
+    if low is None and M > (_FUSED_ROWS_AMX if _amx_takes(x.dtype, K, block_size) else _FUSED_ROWS):
         tensors = (packed, absmax, nested_absmax, nested_offset, nested_block_size)
         if native_many.takes_product(x, [N], K, False):
             x, y = x.contiguous(), x.new_empty(M, N)
@@ -59,7 +65,7 @@ def linear_4bit(x, packed, absmax, nested_absmax, nested_offset, nested_block_si
         _library.linear_4bit(
             x.data_ptr(), _DTYPES[x.dtype], M, packed.data_ptr(), absmax.data_ptr(), _address(nested_absmax),
             _address(nested_offset), nested_block_size, block_size, _QUANT_TYPES[quant_type], _address(bias), N, K,
-            y.data_ptr(), _threads(N * K),
+            y.data_ptr(), _threads(N * K), None if low is None else ctypes.byref(low),
         )
     )  # fmt: skip
     return y

@@ -1,8 +1,8 @@
 """lora_linear of the native CPU engine.
 
 Many rows of bfloat16 on a machine with AMX are one call in C, amx_many.c, base product and low rank together; where the base is the
-vendor's (native_many.takes_product) it adds the low rank, as it does backward for any number of rows. Few rows forward: the base
-product of native_linear.py, the low rank added by multi_lora.c. Else torch's thin products.
+vendor's (native_many.takes_product) it adds the low rank. Few rows are one call too where W is packed: lookup_linear.c sums the low
+rank with the base, or multi_lora.c adds it; their gradients are low_rank.c's. Else torch's thin products.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import native, native_linear, native_many, pytorch_lora
+from . import native, native_linear, native_low_rank, native_many, pytorch_lora
+from .native_low_rank import LowRank
 from .native_many import Layer
 
 _P, _L = ctypes.c_void_p, ctypes.c_int64
-# Up to so many rows the low-rank term is one call in C instead of two products and a cast of torch's.
-_FEW_ROWS = 64
+# Backward, up to so many rows the low rank's gradients are sums of vectors; beyond, AMX pays for packing A and B.
+_FEW_ROWS = 16
 
 
 _library = native._library
@@ -36,14 +37,6 @@ def _dropped(x: Tensor, p: float, seed: int) -> Tensor:
     return out
 
 
-def _add_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float) -> None:
-    """y += scaling x A^T B^T for few rows: the one adapter of a batch in multi_lora_add."""
-    if not (A.dtype == B.dtype == torch.float32):
-        A, B = A.to(x.dtype), B.to(x.dtype)
-    A, B, ids = A.contiguous()[None], B.contiguous()[None], torch.zeros(x.shape[0], dtype=torch.int64)
-    native.multi_lora_add(y, x.contiguous(), A, B, torch.tensor([scaling]), None, ids)
-
-
 def _forward(x: Tensor, bases: list[tuple], As, Bs, scalings, biases, dropout: float, seed: int, Ns) -> list[Tensor]:
     x, K = x.contiguous(), x.shape[1]
     layers = [Layer(*layer) for layer in zip(bases, biases, As, Bs, scalings, strict=True)]
@@ -55,6 +48,10 @@ def _forward(x: Tensor, bases: list[tuple], As, Bs, scalings, biases, dropout: f
         ys = [product(native_linear, x, base, bias, N, K) for base, bias, N in zip(bases, biases, Ns, strict=True)]
     native_many.forward(x, _dropped(x, dropout, seed), layers, ys, with_base)
     return ys
+
+
+def _few(x: Tensor) -> bool:
+    return x.shape[0] <= _FEW_ROWS and x.dtype in native._DTYPES
 
 
 def _rounded(gradients: Sequence[Tensor | None], factors: Sequence[Tensor]) -> list[Tensor]:
@@ -82,6 +79,22 @@ def _backward(
     return dx, _rounded(dAs, As), _rounded(dBs, Bs)
 
 
+def _few_rows_backward(
+    dys, x: Tensor, bases: list[tuple], As, Bs, scalings, dropout: float, seed: int, need_x: bool, need_A: bool, need_B: bool
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    x, dys = x.contiguous(), [dy.contiguous() for dy in dys]
+    dropped = _dropped(x, dropout, seed)
+    dx = pytorch_lora.base_dx(native_linear, dys, bases, x.shape[1]) if need_x else x.new_empty(0)
+    through = torch.zeros_like(x) if dropout else dx
+    dAs = [torch.empty(A.shape) if need_A else None for A in As]
+    dBs = [torch.empty(B.shape) if need_B else None for B in Bs]
+    for dy, A, B, scaling, dA, dB in zip(dys, As, Bs, scalings, dAs, dBs, strict=True):
+        native_low_rank.backward(LowRank(dropped, A, B, scaling), dy, through if need_x else None, dA, dB)
+    if need_x and dropout:
+        dx += _dropped(through, dropout, seed)
+    return dx, _rounded(dAs, As), _rounded(dBs, Bs)
+
+
 def lora_linear(
     x, weight, absmax, nested_absmax, nested_offset, nested_block_size, lora_A, lora_B, scaling, bias, dropout, seed, N, K,
     block_size, quant_type,
@@ -89,10 +102,13 @@ def lora_linear(
     """x (M, K), W (N, K) dense or packed ("none": dense), lora_A (r, K), lora_B (N, r), bias (N,) or None: (M, N)."""
     base = (weight, absmax, nested_absmax, nested_offset, nested_block_size, block_size, quant_type)
     if not native_many.takes(x):
-        if x.shape[0] > _FEW_ROWS or x.dtype not in native._DTYPES:
+        if x.shape[0] > native_low_rank.MAX_ROWS or x.dtype not in native._DTYPES:
             return pytorch_lora.lora_linear_on(native_linear, x, base, lora_A, lora_B, scaling, bias, dropout, seed, N, K)
-        y = pytorch_lora.base_product(native_linear, x, base, bias, N, K)
-        _add_low_rank(y, _dropped(x, dropout, seed), lora_A, lora_B, scaling)
+        low = LowRank(_dropped(x, dropout, seed), lora_A, lora_B, scaling)
+        if quant_type != "none":
+            return native_linear.linear_4bit(x, *base[:5], bias, N, K, block_size, quant_type, low)
+        y = native_linear.dense_linear(x, weight, bias)
+        native_low_rank.add(y, low)
         return y
     return _forward(x, [base], [lora_A], [lora_B], [scaling], [bias], dropout, seed, [N])[0]
 
@@ -104,10 +120,11 @@ def lora_linear_backward(
     """(dX (M, K), dA (r, K), dB (N, r)) of dy (M, N); empty (0,) where not needed. dA, dB in their factors' dtypes."""
     base = (weight, absmax, nested_absmax, nested_offset, nested_block_size, block_size, quant_type)
     needs = (need_x, need_A, need_B)
-    if not native_many.takes(x, backward=True):
-        backward = pytorch_lora.lora_linear_backward_on
-        return backward(native_linear, dy, x, base, lora_A, lora_B, scaling, dropout, seed, N, K, *needs)
-    dx, (dA,), (dB,) = _backward([dy], x, [base], [lora_A], [lora_B], [scaling], dropout, seed, *needs)
+    backward = _few_rows_backward if _few(x) else _backward if native_many.takes(x, backward=True) else None
+    if backward is None:
+        plain = pytorch_lora.lora_linear_backward_on
+        return plain(native_linear, dy, x, base, lora_A, lora_B, scaling, dropout, seed, N, K, *needs)
+    dx, (dA,), (dB,) = backward([dy], x, [base], [lora_A], [lora_B], [scaling], dropout, seed, *needs)
     return dx, dA, dB
 
 
@@ -126,6 +143,8 @@ def lora_linear_group_backward(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """(dX (M, K), [dA], [dB]) of [dy (M, N)]; empty (0,) where not needed."""
     needs = (need_x, need_A, need_B)
+    if _few(x):
+        return _few_rows_backward(dys, x, bases, lora_As, lora_Bs, scalings, dropout, seed, *needs)
     if not native_many.takes(x, backward=True) or len(bases) > native_many.MAX_LAYERS:
         group = pytorch_lora.lora_linear_group_backward_on
         return group(native_linear, dys, x, bases, lora_As, lora_Bs, scalings, dropout, seed, Ns, K, *needs)
