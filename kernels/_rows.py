@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 _Given = TypeVar("_Given", Tensor, Tensor | None)
+
+
+_unsafe_view = torch.ops.aten._unsafe_view.default
+
+
+def flattened(x: Tensor) -> Tensor:
+    """(..., D) as (M, D); D may be 0."""
+    return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def rows_of(tensor: Tensor) -> Tensor:
@@ -19,7 +28,7 @@ def rows_of(tensor: Tensor) -> Tensor:
 def unflattened(y: Tensor, x: Tensor) -> Tensor:
     """y (rows of x, N), of the op that returns it alone, as (..., N). To autograd it is no view: callers may write into it, as into
     what F.linear returns."""
-    return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
+    return y if x.dim() == 2 else _unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
 
 
 def contiguous(tensor: _Given) -> _Given:

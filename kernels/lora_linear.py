@@ -18,7 +18,6 @@ Oracles: reference/lora_linear.py, reference/philox.py.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from . import cpu, lora_linear_gpu
 from ._library import define, differentiable
-from ._rows import unflattened
+from ._rows import flattened, unflattened
 from .nf4 import DTYPES
 from .quantized_weight import QuantizedWeight
 
@@ -34,13 +33,9 @@ _BASE = "Tensor weight, Tensor? absmax, Tensor? nested_absmax, Tensor? nested_of
 _BASES = "Tensor[] weight, Tensor[] absmax, Tensor[] nested_absmax, Tensor[] nested_offset, int nested_block_size"
 
 
-def _rows(x: Tensor, width: int) -> Tensor:
-    return x.reshape(math.prod(x.shape[:-1]), width)
-
-
 def _lora_linear_cpu(x, weight, absmax, nested, offset, nested_block_size, A, B, scaling, bias, dropout, seed, N, K, *format):
     base = (weight, absmax, nested, offset, nested_block_size)
-    y = cpu.lora_linear(_rows(x, K), *base, A, B, scaling, bias, dropout, seed, N, K, *format)
+    y = cpu.lora_linear(flattened(x), *base, A, B, scaling, bias, dropout, seed, N, K, *format)
     return unflattened(y, x)
 
 
@@ -49,7 +44,7 @@ def _lora_linear_backward_cpu(
 ):
     base = (weight, absmax, nested, offset, nested_block_size)
     rest = (scaling, dropout, seed, N, K, block_size, quant_type, *need)
-    dx, dA, dB = cpu.lora_linear_backward(_rows(dy, N), _rows(x, K), *base, A, B, *rest)
+    dx, dA, dB = cpu.lora_linear_backward(flattened(dy), flattened(x), *base, A, B, *rest)
     return dx.view(x.shape) if need[0] else dx, dA.contiguous(), dB.contiguous()
 
 
@@ -62,30 +57,30 @@ def _bases(weights, absmaxes, nested, offsets, nested_block_size, *format) -> li
 def _lora_linear_group_cpu(x, *rest):
     *stored, As, Bs, scalings, biases, dropout, seed, Ns, K, block_size, quant_type = rest
     bases, biases = _bases(*stored, block_size, quant_type), biases or [None] * len(Ns)
-    ys = cpu.lora_linear_group(_rows(x, K), bases, As, Bs, scalings, biases, dropout, seed, Ns, K)
+    ys = cpu.lora_linear_group(flattened(x), bases, As, Bs, scalings, biases, dropout, seed, Ns, K)
     return [unflattened(y, x) for y in ys]
 
 
 def _lora_linear_group_backward_cpu(dys, x, *rest):
     *stored, As, Bs, scalings, dropout, seed, Ns, K, block_size, quant_type, need_x, need_A, need_B = rest
-    rows = [_rows(dy, N) for dy, N in zip(dys, Ns, strict=True)]
+    rows = [flattened(dy) for dy in dys]
     layers = (_bases(*stored, block_size, quant_type), As, Bs, scalings)
     needs = (need_x, need_A, need_B)
-    dx, dAs, dBs = cpu.lora_linear_group_backward(rows, _rows(x, K), *layers, dropout, seed, Ns, K, *needs)
+    dx, dAs, dBs = cpu.lora_linear_group_backward(rows, flattened(x), *layers, dropout, seed, Ns, K, *needs)
     return dx.view(x.shape) if need_x else dx, [dA.contiguous() for dA in dAs], [dB.contiguous() for dB in dBs]
 
 
 def _lora_linear_cuda(x, *rest):
     *base, A, B, scaling, bias, dropout, seed, N, K, block_size, quant_type = rest
     layer = lora_linear_gpu.Layer((*base, N, K, block_size, quant_type), A, B, scaling)
-    (y,) = lora_linear_gpu.forward(_rows(x, K), [layer], [bias], dropout, seed)
+    (y,) = lora_linear_gpu.forward(flattened(x), [layer], [bias], dropout, seed)
     return unflattened(y, x)
 
 
 def _lora_linear_group_cuda(x, *rest):
     *stored, As, Bs, scalings, biases, dropout, seed, Ns, K, block_size, quant_type = rest
     ys = lora_linear_gpu.forward(
-        _rows(x, K), _layers(stored, As, Bs, scalings, Ns, K, block_size, quant_type), biases or [None] * len(Ns), dropout, seed
+        flattened(x), _layers(stored, As, Bs, scalings, Ns, K, block_size, quant_type), biases or [None] * len(Ns), dropout, seed
     )
     return [unflattened(y, x) for y in ys]
 
@@ -98,14 +93,14 @@ def _layers(stored, As, Bs, scalings, Ns, K, block_size, quant_type) -> list[lor
 def _lora_linear_backward_cuda(dy, x, *rest):
     *base, A, B, scaling, dropout, seed, N, K, block_size, quant_type, need_x, need_A, need_B = rest
     layer = lora_linear_gpu.Layer((*base, N, K, block_size, quant_type), A, B, scaling)
-    dx, (dA,), (dB,) = lora_linear_gpu.backward([_rows(dy, N)], _rows(x, K), [layer], dropout, seed, need_x, need_A, need_B)
+    dx, (dA,), (dB,) = lora_linear_gpu.backward([flattened(dy)], flattened(x), [layer], dropout, seed, need_x, need_A, need_B)
     return dx.view(x.shape) if need_x else dx, dA, dB
 
 
 def _lora_linear_group_backward_cuda(dys, x, *rest):
     *stored, As, Bs, scalings, dropout, seed, Ns, K, block_size, quant_type, need_x, need_A, need_B = rest
-    layers, rows = _layers(stored, As, Bs, scalings, Ns, K, block_size, quant_type), [_rows(dy, dy.shape[-1]) for dy in dys]
-    dx, dAs, dBs = lora_linear_gpu.backward(rows, _rows(x, K), layers, dropout, seed, need_x, need_A, need_B)
+    layers, rows = _layers(stored, As, Bs, scalings, Ns, K, block_size, quant_type), [flattened(dy) for dy in dys]
+    dx, dAs, dBs = lora_linear_gpu.backward(rows, flattened(x), layers, dropout, seed, need_x, need_A, need_B)
     return dx.view(x.shape) if need_x else dx, dAs, dBs
 
 
@@ -170,8 +165,8 @@ def _backward(ctx, dy):
         base = (weight, absmax, nested, offset, ctx.nested_block_size)
         dx, dA, dB = _call_backward(dy, x, *base, A, B, ctx.scaling, *ctx.rest, need_x, need_A, need_B)
     if need_weight:
-        dweight = _rows(dy, dy.shape[-1]).t() @ _rows(x, x.shape[-1])
-    dbias = _rows(dy, dy.shape[-1]).sum(0) if need_bias else None
+        dweight = flattened(dy).t() @ flattened(x)
+    dbias = flattened(dy).sum(0) if need_bias else None
     gradients = (dx if need_x else None, dweight, None, None, None, None, dA if need_A else None, dB if need_B else None)
     return (*gradients, None, dbias, *[None] * 6)
 
@@ -197,10 +192,8 @@ def _backward_group(ctx, dys):
     dx, dAs, dBs = _call_group_backward(dys, x, *base, *ctx.rest, need_x, any(need_As), any(need_Bs))
     dAs = [dA if need else None for dA, need in zip(dAs, need_As, strict=True)]
     dBs = [dB if need else None for dB, need in zip(dBs, need_Bs, strict=True)]
-    dbiases = [_rows(dy, dy.shape[-1]).sum(0) if need else None for dy, need in zip(dys, need_biases, strict=False)]
-    dweights = [
-        _rows(dy, dy.shape[-1]).t() @ _rows(x, x.shape[-1]) if need else None for dy, need in zip(dys, ctx.needs[1], strict=True)
-    ]
+    dbiases = [flattened(dy).sum(0) if need else None for dy, need in zip(dys, need_biases, strict=False)]
+    dweights = [flattened(dy).t() @ flattened(x) if need else None for dy, need in zip(dys, ctx.needs[1], strict=True)]
     frozen = ([None] * count for count in ctx.counts[1:4])
     return (dx if need_x else None, dweights, *frozen, None, dAs, dBs, None, dbiases, *[None] * 6)
 

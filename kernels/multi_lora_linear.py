@@ -34,7 +34,7 @@ from torch import Tensor
 from . import cpu
 from ._library import define, differentiable
 from ._multi_lora import multi_lora_add_triton
-from ._rows import unflattened
+from ._rows import flattened, unflattened
 from ._segments import segment_rows_triton
 from .cpu.pytorch_multi_lora import check_ids
 from .nf4 import DTYPES
@@ -77,14 +77,10 @@ def check_adapter_ids(adapter_ids: Tensor, num_adapters: int) -> None:
     check_ids(adapter_ids.reshape(-1), num_adapters, None, 0)
 
 
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-
-
 def _multi_lora_linear_cpu(
     x, weight, absmax, nested, offset, nested_block_size, A, B, scaling, ranks, ids, order, tiles, bias, N, K, *form
 ):  # fmt: skip
-    rows = _rows(x).contiguous()
+    rows = flattened(x).contiguous()
     if form == (0, "none"):
         y = cpu.dense_linear(rows, weight, bias)
     else:
@@ -98,7 +94,7 @@ def _multi_lora_linear_cpu(
 def _multi_lora_linear_cuda(
     x, weight, absmax, nested, offset, nested_block_size, A, B, scaling, ranks, ids, order, tiles, bias, N, K, *form
 ):  # fmt: skip
-    rows = _rows(x)
+    rows = flattened(x)
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     if form == (0, "none"):
         y = F.linear(rows, weight, bias)

@@ -17,14 +17,12 @@ Oracle: reference/quantized_linear.py.
 
 from __future__ import annotations
 
-import math
-
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import cpu
 from ._library import define, differentiable
-from ._rows import unflattened
+from ._rows import flattened, unflattened
 from .nf4 import DTYPES, dequantize_4bit_triton
 from .quantized_linear_decode import quantized_linear_decode_triton
 from .quantized_linear_gemm import quantized_linear_gemm_triton
@@ -42,19 +40,19 @@ def _dequantized(dtype, packed, absmax, nested, offset, nested_block_size, N, K,
 
 
 def _linear_cpu(x, packed, absmax, nested, offset, nested_block_size, bias, N, K, block_size, quant_type):
-    rows = x.reshape(math.prod(x.shape[:-1]), K)
+    rows = flattened(x)
     y = cpu.linear_4bit(rows, packed, absmax, nested, offset, nested_block_size, bias, N, K, block_size, quant_type)
     return unflattened(y, x)
 
 
 def _linear_dx_cpu(dy, packed, absmax, nested, offset, nested_block_size, N, K, block_size, quant_type):
-    rows = dy.reshape(math.prod(dy.shape[:-1]), N)
+    rows = flattened(dy)
     dx = cpu.linear_4bit_dx(rows, packed, absmax, nested, offset, nested_block_size, N, K, block_size, quant_type)
     return dx.view(*dy.shape[:-1], K)
 
 
 def _linear_cuda(x, packed, absmax, nested, offset, nested_block_size, bias, N, K, block_size, quant_type):
-    rows = x.reshape(math.prod(x.shape[:-1]), K)
+    rows = flattened(x)
     if rows.numel() == 0 or N == 0:  # nothing to sum
         y = x.new_zeros(rows.shape[0], N)
         return unflattened(y if bias is None else y + bias, x)
@@ -71,7 +69,7 @@ def _linear_cuda(x, packed, absmax, nested, offset, nested_block_size, bias, N, 
 
 
 def _linear_dx_cuda(dy, packed, absmax, nested, offset, nested_block_size, N, K, block_size, quant_type):
-    rows = dy.reshape(math.prod(dy.shape[:-1]), N)
+    rows = flattened(dy)
     if rows.numel() == 0 or K == 0:
         return dy.new_zeros(*dy.shape[:-1], K)
     weight = _dequantized(dy.dtype, packed, absmax, nested, offset, nested_block_size, N, K, block_size, quant_type)
