@@ -38,30 +38,31 @@ def differentiable(name: str, backward, setup_context=None) -> Callable:
     op = getattr(torch.ops.posttrain, name).default
     gives_list = op._schema.returns[0].type.kind() == "ListType"
 
-    class Gradient(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, lengths, *flat):  # type: ignore[override]
-            args = _nested(flat, lengths)
-            with torch._C._AutoDispatchBelowAutograd():
-                result = op(*args)
-            if setup_context is not None:
-                setup_context(ctx, args, result)
-            ctx.lengths = lengths
-            return tuple(result) if gives_list else result
+    def forward(ctx, lengths, *flat):
+        args = _nested(flat, lengths)
+        with torch._C._AutoDispatchBelowAutograd():
+            result = op(*args)
+        if setup_context is not None:
+            setup_context(ctx, args, result)
+        ctx.lengths = lengths
+        return tuple(result) if gives_list else result
 
-        @staticmethod
-        def backward(ctx, *grads):  # type: ignore[override]
-            ctx.needs = _nested(ctx.needs_input_grad[1:], ctx.lengths)
-            flat: list[torch.Tensor | None] = []
-            for grad, length in zip(backward(ctx, *([list(grads)] if gives_list else grads)), ctx.lengths, strict=True):
-                flat.extend([grad] if length is None else grad or [None] * length)
-            return None, *flat
+    def gradients(ctx, *grads):
+        ctx.needs = _nested(ctx.needs_input_grad[1:], ctx.lengths)
+        flat: list[torch.Tensor | None] = []
+        for grad, length in zip(backward(ctx, *([list(grads)] if gives_list else grads)), ctx.lengths, strict=True):
+            flat.extend([grad] if length is None else grad or [None] * length)
+        return None, *flat
+
+    # a class of its own: autograd's nodes bear its name
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(gradients)}
+    function: type[torch.autograd.Function] = type(name, (torch.autograd.Function,), methods)
 
     def run(*args):
         if torch.is_grad_enabled():
             flat, lengths = _flat(args)
             if any(isinstance(t, torch.Tensor) and t.requires_grad for t in flat):
-                result = Gradient.apply(lengths, *flat)
+                result = function.apply(lengths, *flat)
                 return list(result) if gives_list else result
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)

@@ -87,7 +87,8 @@ def _multi_lora_linear_cpu(
         y = cpu.linear_4bit(rows, weight, absmax, nested, offset, nested_block_size, bias, N, K, *form)
     if ids.numel() != rows.shape[0]:
         ids = ids.repeat_interleave(rows.shape[0] // ids.numel())
-    cpu.multi_lora_add(y, rows, A.contiguous(), B.contiguous(), scaling, ranks, ids)
+    ranks = None if ranks is None else ranks.contiguous()
+    cpu.multi_lora_add(y, rows, A.contiguous(), B.contiguous(), scaling.contiguous(), ranks, ids.contiguous())
     return unflattened(y, x)
 
 

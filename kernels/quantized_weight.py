@@ -26,6 +26,12 @@ QUANTIZE = {"nf4": nf4.quantize_nf4, "fp4": nf4.quantize_fp4}
 _STATE = "quant_state.bitsandbytes__"
 
 
+def _contiguous(absmax: Tensor | DoubleQuantized) -> Tensor | DoubleQuantized:
+    if isinstance(absmax, DoubleQuantized):
+        return absmax._replace(codes=absmax.codes.contiguous(), absmax=absmax.absmax.contiguous())
+    return absmax.contiguous()
+
+
 @dataclass(frozen=True, eq=False)
 class QuantizedWeight:
     """packed uint8 (ceil(n/2),); absmax float32 (ceil(n/block_size),) or its double quantization; shape and dtype of the
@@ -61,6 +67,9 @@ class QuantizedWeight:
             self._check("nested offset", self.absmax.offset, torch.float32, 1)
         else:
             self._check("absmax", self.absmax, torch.float32, blocks)
+        # kernels know no strides
+        object.__setattr__(self, "packed", self.packed.contiguous())
+        object.__setattr__(self, "absmax", _contiguous(self.absmax))
 
     def _check(self, name: str, tensor: Tensor, dtype: torch.dtype, count: int) -> None:
         if tensor.dtype != dtype:
@@ -81,9 +90,10 @@ class QuantizedWeight:
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight in `dtype` (the original's unless given)."""
-        return torch.ops.posttrain.dequantize_4bit(
-            *self.tensors(), self.shape, dtype or self.dtype, self.block_size, self.quant_type
-        )
+        dtype = self.dtype if dtype is None else dtype
+        if dtype not in nf4.DTYPES:
+            raise TypeError(f"dtype is {dtype}; expected float32, float16 or bfloat16")
+        return torch.ops.posttrain.dequantize_4bit(*self.tensors(), self.shape, dtype, self.block_size, self.quant_type)
 
     def to_bitsandbytes(self, prefix: str = "") -> dict[str, Tensor]:
         """The tensors bitsandbytes saves for a linear layer, keyed "{prefix}weight", "{prefix}weight.absmax", ...

@@ -109,6 +109,24 @@ def test_other_dtypes(dtype):
     errors.check()
 
 
+@pytest.mark.parametrize("engine", [native_lora, pytorch_lora])
+def test_the_scaling_is_rounded_into_no_factor(engine):
+    """Factors in half precision on a layer in float32, as PEFT trains them with autocast_adapter_dtype=False: beside what anybody
+    would write."""
+    for M in (3, 40, 70):
+        for scaling in (1 / 3, 37.0):
+            errors = Errors()
+            case = Case(M, 48, 64, 8, dtype=torch.float32, adapter_dtype=torch.float16)
+            case.scaling, case.A = scaling, case.A / 64
+            x, w, A, B = (t.detach().clone().requires_grad_() for t in (case.x, case.w, case.A, case.B))
+            y = x @ w.t() + case.bias + scaling * (x @ A.float().t()) @ B.float().t()
+            plain = (y.detach(), *torch.autograd.grad(y, (x, A, B), case.dy))
+            got = (case.forward(engine), *case.backward(engine, True, True, True))
+            for which, results in enumerate(zip(got, plain, case.exact(), strict=True)):
+                errors.add(which, *results)
+            errors.check()
+
+
 @pytest.fixture
 def isa(request):
     native.set_isa(request.param)

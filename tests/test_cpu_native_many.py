@@ -3,6 +3,10 @@ several passes of the right factor, and the same bits with any number of threads
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -108,3 +112,25 @@ def test_rows_may_be_strided_where_the_few_end(M):
     assert torch.equal(y, native_linear.linear_4bit(x.contiguous(), *tensors, bias.contiguous(), N, K, block_size, kind))
     dx = native_linear.linear_4bit_dx(dy, *tensors, N, K, block_size, kind)
     assert torch.equal(dx, native_linear.linear_4bit_dx(dy.contiguous(), *tensors, N, K, block_size, kind))
+
+
+_LARGE_WORKSPACES = """
+import torch
+from posttrain.kernels.cpu import native, native_attention, native_logprobs, native_lora
+native._KEPT_BYTES = 0
+x, w, labels = torch.randn(300, 64).bfloat16(), torch.randn(2000, 64).bfloat16(), torch.randint(2000, (300,))
+base, A, B = (w, None, None, None, 0, 0, "none"), torch.randn(40, 64), torch.randn(2000, 40)
+y = native_lora.lora_linear(x, *base[:5], A, B, 1.0, None, 0.0, 0, 2000, 64, *base[5:])
+native_lora.lora_linear_backward(y, x, *base[:5], A, B, 1.0, 0.0, 0, 2000, 64, *base[5:], True, True, True)
+assert native_logprobs.fused_logprobs(x, base, 2000, None, labels, -100, True, True) is not None
+q = torch.randn(2, 3, 256, 64).bfloat16()
+y, softmax = native_attention.forward(q, q, q)
+native_attention.backward(q, q, q, y, softmax, y)
+"""
+
+
+def test_a_workspace_that_is_not_kept_lives_as_long_as_the_call():
+    """Memory that malloc maps apart is gone once it is freed: writing there is a segmentation fault."""
+    apart = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "8192"}
+    done = subprocess.run([sys.executable, "-c", _LARGE_WORKSPACES], env=apart, capture_output=True, text=True)
+    assert done.returncode == 0, (done.returncode, done.stderr)

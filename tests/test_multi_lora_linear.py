@@ -95,6 +95,18 @@ def test_strided_inputs_equal_their_copies():
     assert torch.equal(multi_lora_linear(x, case.w, A, B, *rest), multi_lora_linear(x.contiguous(), case.w, case.A, case.B, *rest))
 
 
+def test_scalings_and_ranks_may_be_columns_of_a_table_or_one_value_for_all():
+    case = Case(12, 20, 64, 3, 4, torch.bfloat16)
+    whole = case.run()
+    case.scaling, case.ranks = torch.stack([case.scaling, case.scaling.flip(0)], 1)[:, 0], torch.stack([case.ranks] * 2, 1)[:, 0]
+    assert torch.equal(case.run(), whole)
+    case.ranks, case.scaling = torch.tensor(2, dtype=torch.int32).expand(3), torch.tensor(1.5).expand(3)
+    case.A, case.B = case.A.nan_to_num(), case.B.nan_to_num()
+    whole = case.run()
+    case.ranks, case.scaling = case.ranks.clone(), case.scaling.clone()
+    assert torch.equal(case.run(), whole)
+
+
 def test_nothing_to_do():
     case = Case(0, 5, 7, 2, 3, torch.float32)
     assert case.run().shape == (0, 5)

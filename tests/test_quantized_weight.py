@@ -11,7 +11,7 @@ from four_bit import DTYPES, assert_same
 from hypothesis import given
 from hypothesis import strategies as st
 
-from posttrain.kernels import DoubleQuantized, QuantizedWeight, codebooks, quantize_weight
+from posttrain.kernels import DoubleQuantized, QuantizedWeight, codebooks, quantize_weight, quantized_linear
 
 QUANT_TYPES = ("nf4", "fp4")
 KEYS = {"weight", "weight.absmax", "weight.quant_map"}
@@ -128,6 +128,30 @@ def _nested(nested_blocks: int = 1, offset_dtype: torch.dtype = torch.float32) -
 def test_parts_must_fit(error, match, change):
     with pytest.raises(error, match=match):
         dataclasses.replace(quantize_weight(torch.randn(8, 64), double_quant=False), **change)
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_strided_parts_are_read_as_they_are(double_quant):
+    whole = quantize_weight(torch.randn(512, 128), double_quant=double_quant)
+
+    def strided(part):
+        return torch.stack([part, part.flip(0)], 1)[:, 0]
+
+    absmax = (
+        strided(whole.absmax)
+        if not double_quant
+        else whole.absmax._replace(codes=strided(whole.absmax.codes), absmax=strided(whole.absmax.absmax))
+    )
+    other = dataclasses.replace(whole, packed=strided(whole.packed), absmax=absmax)
+    assert torch.equal(other.dequantize(), whole.dequantize())
+    for rows in (1, 3, 100):
+        x = torch.randn(rows, 128)
+        assert torch.equal(quantized_linear(x, other), quantized_linear(x, whole))
+
+
+def test_no_weight_is_dequantized_to_another_dtype():
+    with pytest.raises(TypeError, match="dtype is torch.float64; expected float32, float16 or bfloat16"):
+        quantize_weight(torch.randn(4, 64)).dequantize(torch.float64)
 
 
 def test_quantize_weight_errors():

@@ -154,6 +154,7 @@ def dequantize_4bit(
 
 def _dequantize_into(out, packed, absmax, nested_absmax, nested_offset, nested_block_size, block_size, quant_type) -> None:
     packed, absmax = packed.contiguous(), absmax.contiguous()
+    nested_absmax = None if nested_absmax is None else nested_absmax.contiguous()
     _library.dequantize_4bit(
         packed.data_ptr(), absmax.data_ptr(), _address(nested_absmax), _address(nested_offset), nested_block_size,
         block_size, _QUANT_TYPES[quant_type], _DTYPES[out.dtype], out.numel(), out.data_ptr(), _threads(out.numel()),

@@ -88,6 +88,7 @@ def backward(q: Tensor, k: Tensor, v: Tensor, y: Tensor, softmax: Tensor, dy: Te
     q, k, v, y, dy = (_rows(x) for x in (q, k, v, y, dy))
     dq, dk, dv = _empty(q), _empty(k), _empty(v)
     args = _args(q, k, softmax, v=v, y=y, dy=dy, dq=dq, dk=dk, dv=dv)
-    args.workspace = native.kept_memory(_library.attention_bytes(args)).data_ptr()
+    workspace = native.kept_memory(_library.attention_bytes(args))  # not kept where it is large: it must live as long as the call
+    args.workspace = workspace.data_ptr()
     native._check(_library.attention_backward(args))
     return dq, dk, dv

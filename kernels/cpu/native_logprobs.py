@@ -59,6 +59,7 @@ def fused_logprobs(
         saved.data_ptr() if direction else None, None, N, H, ignore_index, torch.get_num_threads(),
         CLayer(*map(native._address, weight), *format, native._address(bias), *no_low_rank, V, 0, 0.0),
     )  # fmt: skip
-    args.workspace = native.kept_memory(_library.logprobs_bytes(args)).data_ptr()
+    workspace = native.kept_memory(_library.logprobs_bytes(args))  # not kept where it is large: it must live as long as the call
+    args.workspace = workspace.data_ptr()
     native._check(_library.linear_logprobs(args))
     return logprobs, entropies, saved

@@ -122,7 +122,7 @@ class _Call:
     def run(self, function, backward: bool) -> None:
         layers = (CLayer * len(self._layers))(*self._layers)
         self.args.layer, self.args.layers = layers, len(layers)
-        self.args.workspace = native.kept_memory(_library.many_rows_bytes(self.args, backward)).data_ptr()
+        self.args.workspace = self._pointer(native.kept_memory(_library.many_rows_bytes(self.args, backward)))
         native._check(function(self.args))
 
 

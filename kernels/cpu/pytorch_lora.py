@@ -68,11 +68,16 @@ def base_dx(engine, dys, bases, K) -> Tensor:
     return dx
 
 
+def _scaled_product(a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """scaling a b, rounded once: a scaled factor would be rounded too, or overflow."""
+    return torch.addmm(a.new_zeros(()), a, b, beta=0, alpha=scaling)
+
+
 def lora_linear_on(engine, x, base, lora_A, lora_B, scaling, bias, p, seed, N, K) -> Tensor:
     """lora_linear where `engine` has linear_4bit."""
     y = base_product(engine, x, base, bias, N, K)
     s = dropout(x, p, seed) @ lora_A.to(x.dtype).t()
-    return y.addmm_(s, (lora_B * scaling).to(x.dtype).t())
+    return y.addmm_(s, lora_B.to(x.dtype).t(), alpha=scaling)
 
 
 def lora_linear_backward_on(
@@ -80,15 +85,15 @@ def lora_linear_backward_on(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """lora_linear_backward where `engine` has linear_4bit_dx."""
     dx, dA, dB = x.new_empty(0), lora_A.new_empty(0), lora_B.new_empty(0)
-    A, scaled_B = lora_A.to(x.dtype), (lora_B * scaling).to(x.dtype)
+    A, B = lora_A.to(x.dtype), lora_B.to(x.dtype)
     if need_x or need_A:
-        V = dy @ scaled_B
+        V = _scaled_product(dy, B, scaling)
     if need_A or need_B:
         dropped = dropout(x, p, seed)
     if need_A:
         dA = (V.t() @ dropped).to(lora_A.dtype)
     if need_B:
-        dB = ((dropped @ A.t()).t() @ dy).t().to(lora_B.dtype).mul_(scaling)
+        dB = _scaled_product((dropped @ A.t()).t(), dy, scaling).t().to(lora_B.dtype)
     if need_x:
         dx = base_dx(engine, [dy], [base], K)
         dx = dx.addmm_(V, A) if p == 0.0 else dx.add_(dropout(V @ A, p, seed))
