@@ -238,9 +238,11 @@ def _check(
     if dense and w.dtype != x.dtype:
         raise TypeError(f"the weight is {w.dtype} and x {x.dtype}; cast one to the other's")
     stored = w if isinstance(w, Tensor) else w.packed
-    for name, tensor in (("the weight", stored), ("lora_A", lora_A), ("lora_B", lora_B)):
-        if tensor.device != x.device:
-            raise ValueError(f"x is on {x.device} and {name} on {tensor.device}; move one to the other")
+    if not x.device == stored.device == lora_A.device == lora_B.device:
+        raise ValueError(
+            f"x is on {x.device}, the weight on {stored.device}, lora_A on {lora_A.device} and lora_B on {lora_B.device}; "
+            "move them to one device"
+        )
     if bias is not None and (bias.shape != (N,) or bias.dtype != x.dtype or bias.device != x.device):
         raise ValueError(
             f"bias is {bias.dtype} {tuple(bias.shape)} on {bias.device}; expected {x.dtype} ({N},) on {x.device}, as x's"

@@ -21,14 +21,19 @@
 
 BEGIN_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")
 
-enum { MAX_M = 4, MAX_BLOCKS = 256, AHEAD = 4096 /* bytes prefetched ahead */ };
+enum { MAX_M = 4, MAX_BLOCKS = 256, RANKS = 4 /* rows of A at a time */, RUN = 1024 };
+enum { AHEAD = 4096, A_AHEAD = 1024 }; /* bytes prefetched ahead */
 
 typedef struct {
     const linear_args *args;
     const float *x; /* (M, ldx): vector j of a group of 128 holds elements 8 i + (j ^ 1), zero beyond K */
     int64_t ldx;
-    const float *s; /* (M, ld), or NULL */
+    const float *dropped; /* (M, ldx) of the low rank's x as it lies, zero beyond K; NULL without a low rank */
+    float *s;             /* (M, ld), zero beyond the rank */
+    int64_t ld;
 } lookup_job;
+
+static inline __mmask16 first_of(int64_t n) { return n < 16 ? (1 << n) - 1 : 0xffff; }
 
 /* Up to 16 elements as float32, zero where not `kept`. */
 static inline __m512 widen16(const void *values, int dtype, int64_t at, __mmask16 kept) {
@@ -41,10 +46,49 @@ static inline __m512 widen16(const void *values, int dtype, int64_t at, __mmask1
 /* sums += s times row n of B. */
 static inline __attribute__((always_inline)) void add_low_rank(const lookup_job *j, int64_t n, int M, __m512 *sums) {
     const low_rank *l = j->args->low;
-    const int64_t r = l->r, ld = low_rank_ld(l);
+    const int64_t r = l->r;
     for (int64_t i = 0; i < r; i += 16) {
-        const __m512 b = widen16(l->B, l->factors, n * r + i, r - i < 16 ? (1 << (r - i)) - 1 : 0xffff);
-        for (int m = 0; m < M; m++) sums[m] = _mm512_fmadd_ps(_mm512_loadu_ps(j->s + m * ld + i), b, sums[m]);
+        const __m512 b = widen16(l->B, l->factors, n * r + i, first_of(r - i));
+        for (int m = 0; m < M; m++) sums[m] = _mm512_fmadd_ps(_mm512_loadu_ps(j->s + m * j->ld + i), b, sums[m]);
+    }
+}
+
+/* s of `RANKS` rows of A from the i-th on, or of those that there are; sums over runs, since a long chain of additions loses digits. */
+static inline __attribute__((always_inline)) void sum_ranks(const lookup_job *j, int64_t i, int M) {
+    const low_rank *l = j->args->low;
+    const int64_t K = l->K, size = l->factors == FLOAT32 ? 4 : 2;
+    __m512 sums[RANKS][MAX_M];
+    for (int q = 0; q < RANKS; q++)
+        for (int m = 0; m < M; m++) sums[q][m] = _mm512_setzero_ps();
+    for (int64_t run = 0; run < K; run += RUN) {
+        const int64_t end = at_most(run + RUN, K);
+        __m512 part[RANKS][MAX_M];
+        for (int q = 0; q < RANKS; q++)
+            for (int m = 0; m < M; m++) part[q][m] = _mm512_setzero_ps();
+        for (int64_t k = run; k < end; k += 16)
+            for (int q = 0; q < RANKS; q++) {
+                const int64_t at = at_most(i + q, l->r - 1) * K + k;
+                const __m512 a = widen16(l->A, l->factors, at, 0xffff);
+                _mm_prefetch((const char *)l->A + at * size + A_AHEAD, _MM_HINT_T0);
+                for (int m = 0; m < M; m++) part[q][m] = _mm512_fmadd_ps(a, _mm512_loadu_ps(j->dropped + m * j->ldx + k), part[q][m]);
+            }
+        for (int q = 0; q < RANKS; q++)
+            for (int m = 0; m < M; m++) sums[q][m] = _mm512_add_ps(sums[q][m], part[q][m]);
+    }
+    for (int q = 0; q < RANKS && i + q < l->r; q++)
+        for (int m = 0; m < M; m++) j->s[m * j->ld + i + q] = l->scaling * _mm512_reduce_add_ps(sums[q][m]);
+}
+
+static void ranks_task(void *context, int64_t thread, int64_t threads) {
+    const lookup_job *j = context;
+    const int64_t r = j->args->low->r, last = part_start(r, RANKS, thread + 1, threads);
+    for (int64_t i = part_start(r, RANKS, thread, threads); i < last; i += RANKS) {
+        switch (j->args->M) {
+        case 1: sum_ranks(j, i, 1); break;
+        case 2: sum_ranks(j, i, 2); break;
+        case 3: sum_ranks(j, i, 3); break;
+        case 4: sum_ranks(j, i, 4); break;
+        }
     }
 }
 
@@ -115,18 +159,20 @@ int lookup_usable(const linear_args *a) {
 }
 
 int lookup_linear(const linear_args *a) {
-    const int64_t ldx = ceil_div(a->K, 128) * 128, size = a->dtype == FLOAT32 ? 4 : 2;
-    float *x = scratch(0, ((a->M + 1) * ldx + (a->low ? low_rank_floats(a->low) : 0)) * sizeof(float)), *wide = x + a->M * ldx;
+    const int64_t ldx = ceil_div(a->K, 128) * 128, ld = a->low ? ceil_div(a->low->r, 16) * 16 : 0;
+    float *x = scratch(0, a->M * (2 * ldx + ld) * sizeof(float)), *wide = x + a->M * ldx, *s = wide + a->M * ldx;
     if (!x) return -1;
-    for (int64_t m = 0; m < a->M; m++) {
-        a->engine->widen((const char *)a->x + m * a->K * size, a->dtype, a->K, wide);
-        memset(wide + a->K, 0, (ldx - a->K) * sizeof(float));
-        for (int64_t g = 0; g < ldx; g += 128) /* the high nibble comes first: element 0 is at shift 4 */
-            for (int s = 0; s < 8; s++)
-                for (int i = 0; i < 16; i++) x[m * ldx + g + 16 * s + i] = wide[g + 8 * i + (s ^ 1)];
+    widen_rows(a->engine, a->x, a->dtype, a->M, a->K, wide, ldx);
+    for (int64_t at = 0; at < a->M * ldx; at += 128) /* the high nibble comes first: element 0 is at shift 4 */
+        for (int s = 0; s < 8; s++)
+            for (int i = 0; i < 16; i++) x[at + 16 * s + i] = wide[at + 8 * i + (s ^ 1)];
+    lookup_job j = {.args = a, .x = x, .ldx = ldx};
+    if (a->low) {
+        if (a->low->x != a->x) widen_rows(a->engine, a->low->x, a->dtype, a->M, a->K, wide, ldx);
+        memset(s, 0, a->M * ld * sizeof(float));
+        j.dropped = wide, j.s = s, j.ld = ld;
+        run_parallel(ranks_task, &j, a->threads);
     }
-    lookup_job j = {a, x, ldx, a->low ? low_rank_down(a->low, wide + ldx) : NULL};
-    if (a->low && !j.s) return -1;
     run_parallel(lookup_task, &j, a->threads);
     return 0;
 }

@@ -1,12 +1,9 @@
-/* s = scaling x A^T of few rows, and the gradients of y = s B^T:
+/* The gradients of few rows of y = s B^T, s = scaling x A^T:
  *
  *     V = scaling dY B        dX += V A        dA = V^T x        dB = dY^T s
  *
- * Bytes: forward A once; backward A and B once from memory (A twice, where s is needed: the second time from the second-level cache)
- * and the gradients once. Sums are float32; s and V are rounded to nothing else. Every sum is one thread's, over runs that the shape
- * alone decides. */
-#include <string.h>
-
+ * Bytes: A and B once from memory (A twice, where s is needed: the second time from the second-level cache) and the gradients once.
+ * Sums are float32; s and V are rounded to nothing else. Every sum is one thread's, over runs that the shape alone decides. */
 #include "low_rank.h"
 #include "scalar.h"
 
@@ -21,14 +18,6 @@ typedef struct {
     float *dA, *dB;
     int failed;
 } low_rank_job;
-
-static void widen_rows(const low_rank *l, const void *from, int64_t columns, float *to, int64_t ld) {
-    const int64_t size = l->dtype == FLOAT32 ? 4 : 2;
-    for (int64_t m = 0; m < l->M; m++) {
-        l->engine->widen((const char *)from + m * columns * size, l->dtype, columns, to + m * ld);
-        memset(to + m * ld + columns, 0, (ld - columns) * sizeof(float));
-    }
-}
 
 /* Rows [first, first + rows) and columns [k, k + count) of a factor as float32, zero up to `most` rows and a multiple of 16 columns:
  * where they lie if they lie so, else in `room`. */
@@ -70,21 +59,6 @@ static void down_task(void *context, int64_t thread, int64_t threads) {
         for (int64_t m = 0; m < l->M; m++)
             for (int64_t q = 0; q < ranks; q++) j->s[m * j->ld + i + q] = l->scaling * sums[q * l->M + m];
     }
-}
-
-static int down(low_rank_job *j, float *x) {
-    const low_rank *l = j->l;
-    widen_rows(l, l->x, l->K, x, j->ldx);
-    memset(j->s, 0, l->M * j->ld * sizeof(float));
-    j->x = x;
-    run_parallel(down_task, j, l->threads);
-    return j->failed;
-}
-
-float *low_rank_down(const low_rank *l, float *memory) {
-    const int64_t ldx = ceil_div(l->K, 16) * 16;
-    low_rank_job j = {.l = l, .ldx = ldx, .ld = low_rank_ld(l), .s = memory + l->M * ldx};
-    return down(&j, memory) ? NULL : j.s;
 }
 
 /* out (rows, count) = left^T (M, rows) times right (M, count), which is zero up to a multiple of 16; `left` is transposed. Whole
@@ -156,16 +130,19 @@ static void columns_task(void *context, int64_t thread, int64_t threads) {
 }
 
 int low_rank_backward(const low_rank *l, const void *dy, void *dx, float *dA, float *dB) {
-    const int64_t M = l->M, ldx = ceil_div(l->K, 16) * 16, lddy = ceil_div(l->N, 16) * 16, ld = low_rank_ld(l);
+    const int64_t M = l->M, ldx = ceil_div(l->K, 16) * 16, lddy = ceil_div(l->N, 16) * 16, ld = ceil_div(l->r, 16) * 16;
     const int64_t rows_of_part = ceil_div(l->N ? l->N : 1, PARTS * ROWS) * ROWS;
     float *memory = scratch(0, (M * (ldx + lddy + (PARTS + 1) * ld) + 1) * sizeof(float));
     if (!memory) return -1;
     float *dy_rows = memory + M * ldx, *s = dy_rows + M * lddy;
     low_rank_job j = {l, NULL, dy_rows, ldx, lddy, ld, rows_of_part, s, s + M * ld, dx, dA, dB, 0};
-    widen_rows(l, dy, l->N, dy_rows, lddy);
-    if (dB) down(&j, memory);
-    else if (dA) widen_rows(l, l->x, l->K, memory, ldx);
+    widen_rows(l->engine, dy, l->dtype, M, l->N, dy_rows, lddy);
+    if (dA || dB) widen_rows(l->engine, l->x, l->dtype, M, l->K, memory, ldx);
     j.x = memory;
+    if (dB) {
+        memset(s, 0, M * ld * sizeof(float));
+        run_parallel(down_task, &j, l->threads);
+    }
     if (!j.failed) run_parallel(rows_task, &j, l->threads);
     if (!j.failed && (dx || dA)) run_parallel(columns_task, &j, l->threads);
     return -j.failed;

@@ -4,6 +4,7 @@
 
 #include <stddef.h>
 #include <stdint.h>
+#include <string.h>
 
 /* FLOAT32, FLOAT16, BFLOAT16 name a tensor's dtype, and the dtype a decoded value is rounded to. */
 enum { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2 };
@@ -94,6 +95,14 @@ static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static inline int64_t part_start(int64_t n, int64_t unit, int64_t part, int64_t parts) {
     int64_t start = ceil_div(n, unit) * part / parts * unit;
     return start < n ? start : n;
+}
+
+/* Rows of `columns` elements as float32 rows of `ld`, zero beyond the columns. */
+static inline void widen_rows(const isa *engine, const void *from, int dtype, int64_t rows, int64_t columns, float *to, int64_t ld) {
+    for (int64_t i = 0; i < rows; i++, to += ld) {
+        engine->widen((const char *)from + i * columns * (dtype == FLOAT32 ? 4 : 2), dtype, columns, to);
+        memset(to + columns, 0, (ld - columns) * sizeof(float));
+    }
 }
 
 /* runtime.c */

@@ -2,8 +2,6 @@
  *
  * Bytes: the packed weight once (4.127 bits a parameter with double quantization), x and y once. Flops: 2 M N K.
  * The values multiplied are x's dtype exactly, widened to fp32; sums are fp32; one rounding to x's dtype at the end. */
-#include <string.h>
-
 #include "scalar.h"
 
 enum { ROWS = 4, CHUNK = 1024, DX_ROWS = 16, DX_CHUNK = 512, MAX_BLOCKS = CHUNK / 16 + 2 };
@@ -80,13 +78,10 @@ static void linear_dx_task(void *context, int64_t thread, int64_t threads) {
 }
 
 static int run(const linear_args *a, int64_t columns, task function) {
-    int64_t ldx = ceil_div(columns, 16) * 16, size = a->dtype == FLOAT32 ? 4 : 2;
+    int64_t ldx = ceil_div(columns, 16) * 16;
     float *x = scratch(0, (a->M * ldx + 1) * sizeof(float));
     if (!x) return -1;
-    for (int64_t m = 0; m < a->M; m++) {
-        a->engine->widen((const char *)a->x + m * columns * size, a->dtype, columns, x + m * ldx);
-        memset(x + m * ldx + columns, 0, (ldx - columns) * sizeof(float));
-    }
+    widen_rows(a->engine, a->x, a->dtype, a->M, columns, x, ldx);
     wide_job j = {a, x, ldx, 0};
     run_parallel(function, &j, a->threads);
     return -j.failed;
