@@ -6,6 +6,7 @@
 from collections.abc import Callable
 
 import torch
+from torch.autograd import forward_ad
 
 from ._triton import on_device_of
 
@@ -59,6 +60,8 @@ def differentiable(name: str, backward, setup_context=None) -> Callable:
     function: type[torch.autograd.Function] = type(name, (torch.autograd.Function,), methods)
 
     def run(*args):
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(name, args)
         if torch.is_grad_enabled():
             flat, lengths = _flat(args)
             if any(isinstance(t, torch.Tensor) and t.requires_grad for t in flat):
@@ -74,6 +77,15 @@ def differentiable(name: str, backward, setup_context=None) -> Callable:
 
     LIBRARY.impl(name, run, "Autograd")
     return call
+
+
+def _refuse_tangents(name: str, args) -> None:
+    """Below autograd a tangent is lost, and the derivative would be zero."""
+    if any(isinstance(t, torch.Tensor) and forward_ad.unpack_dual(t).tangent is not None for t in _flat(args)[0]):
+        raise RuntimeError(
+            f"{name} has no derivative in forward mode (torch.func.jvp, jacfwd, forward_ad): use backward mode, or write it in "
+            "PyTorch's own operations"
+        )
 
 
 def _flat(args) -> tuple[list, list[int | None]]:

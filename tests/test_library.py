@@ -8,6 +8,7 @@ import contextlib
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
+from torch.autograd import forward_ad
 
 from posttrain.kernels import (
     _library,
@@ -93,3 +94,14 @@ def test_a_gpu_op_runs_with_its_tensors_device_as_the_current_one(monkeypatch):
     assert _library._on_its_device(lambda *given: (entered[-1] is given[0], *given))(x, 5) == (True, x, 5)
     assert entered == [x, None]
     assert _library._on_its_device(lambda given: entered[-1] is given[0])(dys)
+
+
+def test_a_derivative_in_forward_mode_is_refused():
+    """Not lost: it would be zero."""
+    x, w = torch.randn(3, 64), quantize_weight(torch.randn(8, 64))
+    with pytest.raises(RuntimeError, match="quantized_linear has no derivative in forward mode"):
+        torch.func.jvp(lambda x: quantized_linear(x, w), (x,), (torch.ones_like(x),))
+    with forward_ad.dual_level():
+        with pytest.raises(RuntimeError, match="swiglu has no derivative in forward mode"):
+            swiglu(forward_ad.make_dual(x, x), x)
+        assert swiglu(x, x).shape == x.shape  # no tangent
