@@ -53,6 +53,7 @@ class _Args(ctypes.Structure):
     ]
 
 
+_LAYERS = [CLayer * n for n in range(MAX_LAYERS + 1)]  # a type made for one call costs more than the call's arguments
 _library = native._library
 _library.many_rows_bytes.argtypes, _library.many_rows_bytes.restype = [ctypes.POINTER(_Args), ctypes.c_int], _L
 for _name in ("many_rows_forward", "many_rows_backward"):
@@ -120,7 +121,7 @@ class _Call:
         self.args.dx, self.args.low_rank = self._pointer(dx), self._pointer(V)
 
     def run(self, function, backward: bool) -> None:
-        layers = (CLayer * len(self._layers))(*self._layers)
+        layers = _LAYERS[len(self._layers)](*self._layers)
         self.args.layer, self.args.layers = layers, len(layers)
         self.args.workspace = self._pointer(native.kept_memory(_library.many_rows_bytes(self.args, backward)))
         native._check(function(self.args))
