@@ -67,6 +67,14 @@ def test_transformers_reads_ours_and_we_read_its(name, tmp_path):
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "needs low_freq_factor, high_freq_factor"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         ({"rope_theta": 10**400}, "rope_theta is 1000.*; expected a positive number"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false'; expected true or false"),
+        ({"attention_bias": "false"}, "attention_bias is 'false'; expected true or false"),
+        ({"mlp_bias": 0}, "mlp_bias is 0; expected true or false"),
+        ({"pad_token_id": "x"}, "pad_token_id is 'x'; expected one token id"),
+        ({"bos_token_id": [1]}, r"bos_token_id is \[1\]; expected one token id"),
+        ({"initializer_range": "x"}, "initializer_range is 'x'; expected a positive number"),
+        ({"torch_dtype": 7}, "dtype is 7; expected a name"),
+        ({"architectures": None, "model_type": ["llama"]}, r"architecture is \[\['llama'\]\]"),
         ({"hidden_size": 2**63}, f"hidden_size is {2**63}; expected at most {2**31 - 1}"),
     ],
 )
@@ -88,6 +96,11 @@ def test_yarn_s_numbers_are_checked(key, value):
 def test_a_window_is_a_number_of_tokens(name, window):
     with pytest.raises(ValueError, match="sliding_window is .*; expected a positive integer"):
         ModelConfig.from_hf({**hf_config(name), "sliding_window": window})
+
+
+def test_a_window_is_not_turned_on_by_a_text():
+    with pytest.raises(ValueError, match="use_sliding_window is 'false'; expected true or false"):
+        ModelConfig.from_hf({**hf_config("qwen2_sliding"), "use_sliding_window": "false"})
 
 
 def test_layer_types_must_fit_the_layers():

@@ -99,29 +99,32 @@ class ModelConfig:
         head_dim = _positive_int("head_dim", given.get("head_dim") or sizes["hidden_size"] // heads)
         if head_dim % 2:
             raise ValueError(f"config.json: head_dim is {head_dim}; rotary embeddings need an even one")
-        bias = bool(given.get("attention_bias", False)) and architecture in ("LlamaForCausalLM", "Qwen3ForCausalLM")
+        bias = _boolean("attention_bias", given) and architecture in ("LlamaForCausalLM", "Qwen3ForCausalLM")
         window, layer_types = _windows(architecture, given, sizes["num_hidden_layers"])
         eos = given.get("eos_token_id")
         end_ids(eos)
+        dtype = given.get("dtype") or given.get("torch_dtype")
+        if not isinstance(dtype, str | None):
+            raise ValueError(f"config.json: dtype is {dtype!r}; expected a name, such as 'bfloat16'")
         return cls(
             architecture=architecture,
             **sizes,
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
             rms_norm_eps=positive_number("rms_norm_eps", given.get("rms_norm_eps", 1e-6)),
-            tie_word_embeddings=bool(given.get("tie_word_embeddings", False)),
+            tie_word_embeddings=_boolean("tie_word_embeddings", given),
             qkv_bias=bias or architecture == "Qwen2ForCausalLM",
             o_bias=bias,
-            mlp_bias=bool(given.get("mlp_bias", False)) and architecture == "LlamaForCausalLM",
+            mlp_bias=_boolean("mlp_bias", given) and architecture == "LlamaForCausalLM",
             qk_norm=architecture == "Qwen3ForCausalLM",
             sliding_window=window,
             layer_types=layer_types,
             rope=RopeConfig.from_hf({**config, "max_position_embeddings": given["max_position_embeddings"]}),
-            initializer_range=given.get("initializer_range", 0.02),
-            bos_token_id=given.get("bos_token_id"),
+            initializer_range=positive_number("initializer_range", given.get("initializer_range", 0.02)),
+            bos_token_id=_token_id("bos_token_id", given.get("bos_token_id")),
             eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
-            pad_token_id=given.get("pad_token_id"),
-            dtype=given.get("dtype") or given.get("torch_dtype"),
+            pad_token_id=_token_id("pad_token_id", given.get("pad_token_id")),
+            dtype=dtype,
         )
 
     def to_hf(self) -> dict[str, Any]:
@@ -161,6 +164,20 @@ def _positive_int(key: str, value: Any) -> int:
     return value
 
 
+def _boolean(key: str, config: dict[str, Any]) -> bool:
+    """The value under `key`, False where there is none. A text such as "false" would be true to Python."""
+    value = config.get(key, False)
+    if not isinstance(value, bool):
+        raise ValueError(f"config.json: {key} is {value!r}; expected true or false, without quotes")
+    return value
+
+
+def _token_id(key: str, value: Any) -> int | None:
+    if value is not None and type(value) is not int:
+        raise ValueError(f"config.json: {key} is {value!r}; expected one token id, or null")
+    return value
+
+
 def end_ids(eos: Any, file: str = "config.json") -> tuple[int, ...]:
     """The tokens that a file's eos_token_id names. ValueError where it is neither a token id, a list of them nor null."""
     ids = eos if isinstance(eos, list | tuple) else () if eos is None else (eos,)
@@ -180,8 +197,8 @@ def parse_dtype(name: str | torch.dtype) -> torch.dtype:
 
 def _architecture(config: dict[str, Any]) -> str:
     """The class name in `architectures`, or the one that `model_type` stands for."""
-    by_type = {defaults["model_type"]: name for name, defaults in _DEFAULTS.items()}
-    names = config.get("architectures") or [by_type.get(config.get("model_type"), config.get("model_type"))]
+    kind = config.get("model_type")
+    names = config.get("architectures") or [next((n for n, known in _DEFAULTS.items() if known["model_type"] == kind), kind)]
     if not isinstance(names, list) or names[0] not in ARCHITECTURES:
         raise ValueError(
             f"config.json: the architecture is {names!r}; expected one of {', '.join(ARCHITECTURES)}. "
@@ -195,7 +212,7 @@ def _windows(architecture: str, given: dict[str, Any], layers: int) -> tuple[int
     if architecture == "LlamaForCausalLM":
         return None, None
     window = given.get("sliding_window")
-    if architecture != "MistralForCausalLM" and not given.get("use_sliding_window", False):
+    if architecture != "MistralForCausalLM" and not _boolean("use_sliding_window", given):
         window = None
     if window is not None:
         _positive_int("sliding_window", window)
