@@ -250,13 +250,26 @@ def test_refused_changes_change_nothing(model, kind, config):
     for other in others:
         with pytest.raises(ValueError, match=f"adapters are of {kind.__name__}, and this one is of {other.__name__}"):
             attach(model, other(**SMALL.get(other.__name__, {})), "other")
-    for name, message in (("default", "already has an adapter"), ("a.b", "cannot name"), ("train", "cannot name")):
+    named = {"default": "already has an adapter", "a.b": "cannot name", "train": "cannot name", 3: "cannot name"}
+    for name, message in named.items():
         with pytest.raises(ValueError, match=message):
             attach(model, config, name)
     for change in (adapters.set_adapter, adapters.delete_adapter, adapters.merge, adapters.merge_and_unload):
         with pytest.raises(ValueError, match="no adapter named 'absent'; the model has: default"):
             change(model, "absent")
     assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64, torch.float8_e4m3fn, "bf16"])
+def test_a_dtype_in_which_nothing_trains_changes_nothing(model, config, dtype, tmp_path):
+    other = copy.deepcopy(model)
+    attach(other, config)
+    save_adapter(other, tmp_path)
+    before = snapshot(model)
+    for change in (lambda: attach(model, config, dtype=dtype), lambda: load_adapter(model, tmp_path, dtype=dtype)):
+        with pytest.raises(ValueError, match=f"dtype is {dtype!r}; expected None or one of torch.float64"):
+            change()
+        assert_unchanged(model, before)
 
 
 def test_merging_where_it_makes_sense(model, kind, config):

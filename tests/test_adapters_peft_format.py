@@ -286,6 +286,21 @@ def test_a_full_disk_leaves_the_adapter_that_was_there(tmp_path, monkeypatch):
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
+@pytest.mark.parametrize("field", ["r", "lora_alpha", "bias", "init_lora_weights"])
+def test_null_is_no_default(tmp_path, field):
+    saved(tmp_path, config=LoraConfig(r=2, lora_alpha=32))
+    config_with(**{field: None})(tmp_path)
+    with pytest.raises(PosttrainError, match=f"{field} is null; expected .*: leave it out for {getattr(LoraConfig, field)!r}"):
+        load_adapter(random_model(), tmp_path)
+
+
+def test_null_is_nothing_where_that_is_the_default(tmp_path):
+    saved(tmp_path, config=LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    off = ("target_modules", "rank_pattern", "lora_dropout", "use_dora", "modules_to_save", "loftq_config")
+    config_with(**dict.fromkeys(off))(tmp_path)
+    load_adapter(random_model(), tmp_path, any_base=True)
+
+
 @pytest.mark.parametrize(
     ("kind", "field", "value"),
     [

@@ -56,6 +56,7 @@ METHODS: dict[type[Any], ModuleType] = {
     PrefixTuningConfig: prefix,
     PromptEncoderConfig: p_tuning,
 }
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass
@@ -110,12 +111,14 @@ def _not_merged(model: nn.Module) -> None:
         raise ValueError(f"the adapter {_state(model).merged!r} is merged into the base; unmerge first")
 
 
-def _check_new(model: nn.Module, config: Any, name: str) -> None:
+def _check_new(model: nn.Module, config: Any, name: str, dtype: torch.dtype | None = None) -> None:
     method, present = _method(config), _method_of(model)
+    if dtype not in (None, *DTYPES):
+        raise ValueError(f"dtype is {dtype!r}; expected None or one of {', '.join(map(str, DTYPES))}, in which adapters train")
     if "served_adapters" in model.__dict__:
         served = ", ".join(model.__dict__["served_adapters"].ids)
         raise ValueError(f"the model serves adapters ({served}), and none can be attached beside; serving.remove those first")
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ParameterDict(), name):
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ParameterDict(), name):
         raise ValueError(
             f"{name!r} cannot name an adapter; use letters, digits, '_' and '-', and no name of a module's own, such as 'train'"
         )
@@ -134,9 +137,9 @@ def attach(model: nn.Module, config: Any, name: str = "default", *, dtype: torch
 
     Adapters are fp32 on a half-precision or 4-bit base (the base's dtype if that is wider), unless `dtype` is given.
     Initial values come from torch's generator. Raises TypeError for what is no adapter's configuration and ValueError
-    where it does not fit the model.
+    where it does not fit the model, or for a dtype in which nothing trains.
     """
-    _check_new(model, config, name)
+    _check_new(model, config, name, dtype)
     config = _method(config).resolve(model, config)
     _check_targets(model, config)
     return _attach(model, config, name, dtype, None)
@@ -318,11 +321,12 @@ def load_adapter(
 
     Half-precision tensors are widened to fp32, as PEFT does, unless `dtype` is given. PosttrainError where a file is
     missing, broken or asks for what is not supported, where keys or shapes do not fit the model, or where the adapter
-    was trained on another base (any_base=True loads it all the same). The model is unchanged then.
+    was trained on another base (any_base=True loads it all the same). ValueError for a name or a dtype that none can have. The
+    model is unchanged then.
     """
     content, tensors, trained_on = read_adapter(path)
     config = config_from_peft(content, path)
-    _check_new(model, config, name)
+    _check_new(model, config, name, dtype)
     config, tensors = fitting(model, path, config, tensors, trained_on, any_base)
     wide = {key: tensor.to(dtype or torch.promote_types(tensor.dtype, torch.float32)) for key, tensor in tensors.items()}
     return _attach(model, config, name, dtype, wide)

@@ -12,7 +12,7 @@ import os
 import re
 import warnings
 from collections.abc import Collection, Mapping, Set
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -68,10 +68,14 @@ def read_config(
 
 
 def check_types(kind: type, content: Mapping[str, Any], source: str | os.PathLike) -> None:
-    """PosttrainError naming the field of adapter_config.json whose value the field of `kind` cannot have."""
+    """PosttrainError naming the field of adapter_config.json whose value the field of `kind` cannot have. null is nothing: no
+    value of a field whose default is something, but for target_modules, where it is PEFT's own default."""
     hints = get_type_hints(kind)
     for field in fields(kind):
         value = content.get(field.name)
+        nothing = field.name == "target_modules" or field.default in (None, False, MISSING)
+        if value is None and field.name in content and not nothing:
+            raise PosttrainError(f"{source}: {field.name} is null; expected {field.type}: leave it out for {field.default!r}")
         if value is not None and not _is_a(value, hints[field.name]):
             raise PosttrainError(f"{source}: {field.name} is {value!r}, of another type than PEFT writes; expected {field.type}")
 
