@@ -23,6 +23,46 @@ def test_answers_that_cannot_be_saved_are_told_before_the_model_is_loaded(capsys
         assert_one_error(result, f"{path} ", message)
 
 
+@pytest.mark.parametrize(
+    ("what", "option", "value", "home"),
+    [
+        ("--text", "--limit", 1, "--task and --data"),
+        ("--text", "--shots", 1, "--task"),
+        ("--text", "--match", "exact", "--data without choices"),
+        ("--data", "--shots", 0, "--task"),
+        ("--data", "--split", "test", "--task"),
+        ("--data", "--window", 8, "--text"),
+        ("--data", "--match", "prefix", "--data without choices"),
+        ("--task", "--match", "prefix", "--data without choices"),
+        ("--task", "--max-new-tokens", 2, "--data without choices"),
+        ("--task", "--stride", 2, "--text"),
+    ],
+)
+def test_an_option_of_another_measurement_is_refused(capsys, tmp_path, what, option, value, home) -> None:
+    file = tmp_path / "items.jsonl"
+    file.write_text('{"prompt": "a", "choices": ["b", "c"], "answer": "b"}\n')
+    argv = ["evaluate", "--model", "offline", what, "offline" if what == "--task" else file, option, value]
+    assert_one_error(run(capsys, *argv), f"{option} goes with {home}", "leave it out here")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--r", 4], "--r goes with --method; leave it out here"),
+        (["--method", "lora", "--target-modules", "q_proj,nope"], "'nope' matches no layer"),
+    ],
+)
+def test_adapters_counts_what_would_train_or_says_why_not(capsys, options, message) -> None:
+    result = run(capsys, "adapters", "--model", "offline", *options)
+    assert_one_error(result, message)
+    assert not result[1]
+
+
+def test_adapters_names_a_broken_configuration(capsys, tmp_path) -> None:
+    (tmp_path / "config.json").write_text("[1")
+    assert_one_error(run(capsys, "adapters", "--model", tmp_path), f"{tmp_path / 'config.json'}")
+
+
 def test_a_text_that_is_not_utf8_is_named(capsys, tmp_path) -> None:
     text = tmp_path / "latin.txt"
     text.write_bytes("a caf\xe9".encode("latin-1"))

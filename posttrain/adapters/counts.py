@@ -22,7 +22,7 @@ import torch
 from posttrain.model.config import ModelConfig
 from posttrain.model.decoder import CausalLM
 
-from .interface import METHODS
+from .interface import METHODS, check_targets
 
 
 def _on_meta(config: ModelConfig) -> CausalLM:
@@ -40,6 +40,8 @@ def trainable_parameters(config: ModelConfig, adapter: Any) -> int:
     if adapter is None:
         return total_parameters(config)
     model, method = _on_meta(config), METHODS[type(adapter)]
+    adapter = method.resolve(model, adapter)
+    check_targets(model, adapter)
     with torch.device("meta"):
-        method.insert(model, method.resolve(model, adapter), "default", None, None)
+        method.insert(model, adapter, "default", None, None)
     return sum(parameter.numel() for parameter in method.parameters(model, "default").values())

@@ -141,11 +141,11 @@ def attach(model: nn.Module, config: Any, name: str = "default", *, dtype: torch
     """
     _check_new(model, config, name, dtype)
     config = _method(config).resolve(model, config)
-    _check_targets(model, config)
+    check_targets(model, config)
     return _attach(model, config, name, dtype, None)
 
 
-def _check_targets(model: nn.Module, config: Any) -> None:
+def check_targets(model: nn.Module, config: Any) -> None:
     """ValueError naming what is listed in target_modules and ends the name of no layer. (A file's list may hold such names, as
     PEFT's do: there the tensors say where the adapter is.)"""
     targets = getattr(config, "target_modules", None)

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import argparse
 
-from posttrain.cli.common import resolve_model
-from posttrain.cli.sft import METHODS, adapter_of, add_adapter_arguments
+from posttrain.cli.common import goes_with, resolve_model
+from posttrain.cli.sft import ADAPTER_OPTIONS, METHODS, adapter_of, add_adapter_arguments
 
 HELP = "count what each fine-tuning method would train"
 EXAMPLES = """\
@@ -24,14 +24,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    import json
-
     from posttrain.adapters.counts import total_parameters, trainable_parameters
+    from posttrain.model.checkpoint import read_json
     from posttrain.model.config import ModelConfig
 
-    config = ModelConfig.from_hf(json.loads((resolve_model(args.model) / "config.json").read_text(encoding="utf-8")))
+    goes_with(args, args.method is not None, "--method", *ADAPTER_OPTIONS)
+    config = ModelConfig.from_hf(read_json(resolve_model(args.model) / "config.json"))
     total = total_parameters(config)
+    methods = METHODS if args.method is None else [args.method]
+    counts = {method: trainable_parameters(config, adapter_of(method, args if args.method else None)) for method in methods}
     print(f"{total:,} parameters\n{'method':10}{'trained':>14}{'% of all':>10}{'in fp32':>12}")
-    for method in METHODS if args.method is None else [args.method]:
-        count = trainable_parameters(config, adapter_of(method, args if args.method else None))
+    for method, count in counts.items():
         print(f"{method:10}{count:14,}{100 * count / total:10.3f}{4 * count / 1e6:9.2f} MB")

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from posttrain.errors import PosttrainError
 
@@ -81,6 +81,21 @@ def positive_int(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected an integer of at least 1, given {text}")
     return value
+
+
+def goes_with(args: argparse.Namespace, holds: bool, what: str, *options: str) -> None:
+    """PosttrainError for the first of these options that was given where what they go with does not hold: none is passed over in
+    silence. An option that was not given is None (a flag may be False), so its default is set by `with_defaults` afterwards."""
+    given = [option for option in options if getattr(args, option) is not None and getattr(args, option) is not False]
+    if given and not holds:
+        raise PosttrainError(f"--{given[0].replace('_', '-')} goes with {what}; leave it out here")
+
+
+def with_defaults(args: argparse.Namespace, defaults: dict[str, Any]) -> None:
+    """Give the options that are still None their defaults."""
+    for option, value in defaults.items():
+        if getattr(args, option) is None:
+            setattr(args, option, value)
 
 
 @contextmanager

@@ -6,8 +6,9 @@ reviews:train (or :validation, :test) stands for pairs derived from the scores o
 compared.
 
 The reference is the model with its adapter off, so that one copy of the base serves both, in 4 bits too (--method qlora). With
---adapter that adapter trains on, and the reference is the model as it comes. --eval-data tells, before and after, how often the
-model is on the side of the chosen completion. Several losses: --loss-type sigmoid,sft --loss-weights 1,0.5.
+--adapter that adapter trains on as it is, without --method and its options, and the reference is the model as it comes.
+--eval-data tells, before and after, how often the model is on the side of the chosen completion. Several losses: --loss-type
+sigmoid,sft --loss-weights 1,0.5.
 """
 
 from __future__ import annotations
@@ -16,8 +17,17 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
-from posttrain.cli.common import add_model_arguments, check_data, in_options, load_model, positive_int, progress_bar, resolve_model
-from posttrain.cli.sft import adapter_of, add_adapter_arguments
+from posttrain.cli.common import (
+    add_model_arguments,
+    check_data,
+    goes_with,
+    in_options,
+    load_model,
+    positive_int,
+    progress_bar,
+    resolve_model,
+)
+from posttrain.cli.sft import ADAPTER_OPTIONS, adapter_of, add_adapter_arguments
 from posttrain.cli.training import TRUNCATION, add_training_arguments, train_config
 from posttrain.errors import PosttrainError
 
@@ -25,6 +35,8 @@ if TYPE_CHECKING:
     from posttrain.model.tokenizer import Tokenizer
 
 UNPAIRED = ("kto", "apo_zero_unpaired")
+OF_PAIRS = ("label_smoothing", "f_divergence_type", "simpo_gamma", "ld_alpha", "use_weighting")
+OF_LABELS = ("desirable_weight", "undesirable_weight")
 DERIVED = "reviews:"
 HELP = "learn from preferences: DPO and its family, KTO, on pairs of completions"
 EXAMPLES = """\
@@ -43,19 +55,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, metavar="PATH", help="folder for the adapter and its checkpoints")
     group = parser.add_argument_group("adapter", "each has a default by method; one that the method lacks is refused")
     add_adapter_arguments(group, default="lora")
+    parser.set_defaults(method=None)  # lora, but for --adapter
     loss = parser.add_argument_group("loss", "names are TRL's; kernels/preference_losses.py lists the losses with their papers")
     loss.add_argument("--loss-type", default="sigmoid", metavar="NAMES", help="default sigmoid (DPO); also cpo, orpo, kto, ...")
     loss.add_argument("--loss-weights", metavar="NUMBERS", help="one a loss (default 1 each)")
     loss.add_argument("--beta", type=float, default=0.1, help="default %(default)s")
-    loss.add_argument("--label-smoothing", type=float, default=0.0, help="share of pairs taken to be the wrong way round")
+    loss.add_argument("--label-smoothing", type=float, help="share of pairs taken to be the wrong way round (default 0)")
     loss.add_argument(
-        "--f-divergence-type", default="reverse_kl", metavar="NAME", help="forward_kl, js_divergence, alpha_divergence"
+        "--f-divergence-type", metavar="NAME", help="forward_kl, js_divergence, alpha_divergence (default reverse_kl)"
     )
-    loss.add_argument("--simpo-gamma", type=float, default=0.5, help="margin of simpo (default %(default)s)")
+    loss.add_argument("--simpo-gamma", type=float, help="margin of simpo (default 0.5)")
     loss.add_argument("--ld-alpha", type=float, help="weight of tokens beyond the shorter completion (LD-DPO)")
-    loss.add_argument("--use-weighting", action="store_true", help="weigh pairs by the policy's likelihood (WPO)")
-    loss.add_argument("--desirable-weight", type=float, default=1.0, help="kto (default 1)")
-    loss.add_argument("--undesirable-weight", type=float, default=1.0, help="kto (default 1)")
+    loss.add_argument("--use-weighting", action="store_true", default=None, help="weigh pairs by the policy's likelihood (WPO)")
+    loss.add_argument("--desirable-weight", type=float, help="kto, apo_zero_unpaired (default 1)")
+    loss.add_argument("--undesirable-weight", type=float, help="kto, apo_zero_unpaired (default 1)")
     reference = parser.add_argument_group("reference")
     reference.add_argument("--ref-model", metavar="PATH", help="another model (default: this one, its adapter off)")
     reference.add_argument("--precompute-ref", action="store_true", help="once before training: cheaper steps over several epochs")
@@ -82,24 +95,38 @@ def preference_of(args: argparse.Namespace) -> Any:
     from posttrain.preference.unpaired import KtoConfig
 
     names = args.loss_type.split(",")
+    paired = args.loss_type not in UNPAIRED
+    _check_names(names)
+    goes_with(args, paired, "losses of pairs", "loss_weights", *OF_PAIRS)
+    goes_with(args, not paired, "--loss-type kto or apo_zero_unpaired", *OF_LABELS)
+    goes_with(args, "simpo" in names, "--loss-type simpo", "simpo_gamma")
+    options = OF_PAIRS if paired else OF_LABELS
+    given = {name: getattr(args, name) for name in ("beta", *options) if getattr(args, name) is not None}
     try:
-        if args.loss_type in UNPAIRED:
-            if args.loss_weights is not None:
-                raise PosttrainError(f"--loss-weights are of losses of pairs; of {args.loss_type} there is one")
-            return KtoConfig(args.loss_type, args.beta, args.desirable_weight, args.undesirable_weight)
+        if not paired:
+            return KtoConfig(args.loss_type, **given)
         weights = None if args.loss_weights is None else _numbers("--loss-weights", args.loss_weights)
-        return PreferenceConfig(
-            loss_type=names[0] if len(names) == 1 else names,
-            loss_weights=weights,
-            beta=args.beta,
-            label_smoothing=args.label_smoothing,
-            f_divergence_type=args.f_divergence_type,
-            simpo_gamma=args.simpo_gamma,
-            ld_alpha=args.ld_alpha,
-            use_weighting=args.use_weighting,
-        )
+        preference = PreferenceConfig(names[0] if len(names) == 1 else names, weights, **given)
     except ValueError as error:
         raise PosttrainError(str(error)) from error
+    compared = preference.needs_reference
+    goes_with(args, compared, f"losses that compare with a reference, and {args.loss_type} has none", "precompute_ref", "ref_cache")
+    goes_with(args, compared or args.eval_data is not None, "losses that compare with a reference, or --eval-data", "ref_model")
+    return preference
+
+
+def _check_names(names: list[str]) -> None:
+    """PosttrainError for a loss that there is not, or not beside others."""
+    from posttrain.kernels.preference_losses import LOSSES
+    from posttrain.preference.paired import PAPERS
+
+    paired = [name for name, loss in LOSSES.items() if not loss.unpaired]
+    alone = [name for name in (*PAPERS, *UNPAIRED) if name not in paired]
+    if unknown := [name for name in names if name not in paired and (len(names) > 1 or name not in alone)]:
+        raise PosttrainError(
+            f"--loss-type {','.join(names)}: expected {', '.join(alone)}, or one or several of {', '.join(paired)}; "
+            f"{unknown[0]!r} is none of these" + (" that go with others" if unknown[0] in alone else "")
+        )
 
 
 def read(name: str, tokenizer: Tokenizer, args: argparse.Namespace, paired: bool = True) -> list[Any]:
@@ -131,6 +158,9 @@ def run(args: argparse.Namespace) -> None:
     from posttrain.preference.unpaired import kto
     from posttrain.trained_model import model_folder
 
+    new = "a new adapter, and --adapter trains on as it is (for 4 bits: --quantize nf4)"
+    goes_with(args, args.adapter is None, new, "method", *ADAPTER_OPTIONS)
+    args.method = args.method or "lora"
     adapter = None if args.adapter else adapter_of(args.method, args)
     preference = preference_of(args)
     if args.method == "full" and args.quantize:

@@ -19,7 +19,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posttrain.atomic import atomic_write, check_writable
-from posttrain.cli.common import add_model_arguments, load_model, positive_int, progress_bar, resolve_model
+from posttrain.cli.common import (
+    add_model_arguments,
+    goes_with,
+    load_model,
+    positive_int,
+    progress_bar,
+    resolve_model,
+    with_defaults,
+)
 from posttrain.data import read_jsonl
 from posttrain.errors import PosttrainError
 
@@ -29,6 +37,7 @@ if TYPE_CHECKING:
 
 ITEMS = '"prompt", "answer" and, for a choice, "choices"'
 SAVED = '"item", "prediction" and "correct"'
+DEFAULTS_OF_WRITTEN = {"match": "exact", "max_new_tokens": 16}  # answers that the model writes
 HELP = "measure accuracy or perplexity, compare two models"
 EXAMPLES = """\
 examples:
@@ -44,11 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--task", choices=("reviews", "offline"))
     what.add_argument("--data", metavar="FILE", help="JSON lines with prompt, answer and, for a choice, choices")
     what.add_argument("--text", metavar="FILE", help="plain text in UTF-8")
-    parser.add_argument("--split", choices=("validation", "test"), default="test", help="of --task (default: test)")
-    parser.add_argument("--shots", type=int, default=0, metavar="K", help="of --task: examples shown first (default 0)")
-    parser.add_argument("--limit", type=positive_int, metavar="N", help="only the first N items")
-    parser.add_argument("--match", choices=("exact", "prefix", "contains"), default="exact", help="of generation")
-    parser.add_argument("--max-new-tokens", type=positive_int, default=16, metavar="N", help="for generated answers")
+    parser.add_argument("--split", choices=("validation", "test"), help="of --task (default: test)")
+    parser.add_argument("--shots", type=int, metavar="K", help="of --task: examples shown first (default 0)")
+    parser.add_argument("--limit", type=positive_int, metavar="N", help="of --task and --data: only the first N items")
+    parser.add_argument("--match", choices=("exact", "prefix", "contains"), help="of --data without choices (default: exact)")
+    parser.add_argument("--max-new-tokens", type=positive_int, metavar="N", help="of --data without choices (default: 16)")
     parser.add_argument("--window", type=positive_int, metavar="N", help="of --text (default: 1024, or the context)")
     parser.add_argument("--stride", type=positive_int, metavar="N", help="of --text (default: half the window)")
     parser.add_argument("--save", metavar="FILE", help="write each item's answer as JSON lines")
@@ -56,15 +65,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    goes_with(args, args.text is None, "--task and --data: a perplexity has no items", "limit", "save", "compare")
+    goes_with(args, args.task is not None, "--task", "split", "shots")
+    goes_with(args, args.data is not None, "--data without choices", *DEFAULTS_OF_WRITTEN)
+    goes_with(args, args.text is not None, "--text", "window", "stride")
     if args.text is not None:
-        if args.save or args.compare:
-            raise PosttrainError("--save and --compare are for --task and --data: a perplexity has no items to pair")
         return _perplexity(args)
+    with_defaults(args, {"split": "test", "shots": 0})
     if args.shots < 0:
         raise PosttrainError(f"--shots {args.shots}: expected 0 or more")
     if args.save is not None:
         check_writable(args.save)
     rows = [] if args.data is None else read_rows(args.data)[: args.limit]
+    goes_with(args, bool(rows) and "choices" not in rows[0], "--data without choices", *DEFAULTS_OF_WRITTEN)
+    with_defaults(args, DEFAULTS_OF_WRITTEN)
     asked = [_digest(row) for row in rows] if args.task is None else _task_digests(args)
     before = None if args.compare is None else read_answers(args.compare, asked)
     model, tokenizer = load_model(args)

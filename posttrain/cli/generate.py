@@ -11,7 +11,7 @@ import argparse
 import sys
 import time
 
-from posttrain.cli.common import QUANT_TYPES, add_model_arguments, load_model, positive_int, resolve_model
+from posttrain.cli.common import QUANT_TYPES, add_model_arguments, goes_with, load_model, positive_int, resolve_model
 from posttrain.errors import PosttrainError
 
 HELP = "continue a prompt or answer a chat message"
@@ -44,17 +44,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.system is not None and args.chat is None:
-        raise PosttrainError("--system goes with --chat; put it into the text of --prompt instead")
+    goes_with(args, args.chat is not None, "--chat, and --prompt has its text", "system")
     text = args.chat if args.prompt is None else args.prompt
     text = sys.stdin.read() if text == "-" else text
 
-    if args.draft and args.speculative is None:
-        raise PosttrainError("--draft goes with --speculative draft, medusa or eagle")
-    if args.draft_length and args.speculative is None:
-        raise PosttrainError("--draft-length goes with --speculative; without it nothing is drafted")
-    if args.draft_quantize and args.speculative != "draft":
-        raise PosttrainError("--draft-quantize goes with --speculative draft, whose model it quantizes")
+    goes_with(args, args.speculative is not None, "--speculative draft, medusa or eagle", "draft")
+    goes_with(args, args.speculative is not None, "--speculative, without which nothing is drafted", "draft_length")
+    goes_with(args, args.speculative == "draft", "--speculative draft, whose model it quantizes", "draft_quantize")
     from posttrain.model.generate import generate
     from posttrain.model.stop_ids import stop_ids
 

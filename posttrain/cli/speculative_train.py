@@ -19,7 +19,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from posttrain.cli.common import add_model_arguments, load_model, positive_int, progress_bar, resolve_model
+from posttrain.cli.common import (
+    add_model_arguments,
+    goes_with,
+    in_options,
+    load_model,
+    positive_int,
+    progress_bar,
+    resolve_model,
+    with_defaults,
+)
 from posttrain.errors import PosttrainError
 
 KINDS = ("draft", "medusa", "eagle")
@@ -34,6 +43,18 @@ examples:
 # kind -> (epochs, learning rate)
 RECIPES = {"draft": (4.0, 1e-3), "medusa": (10.0, 2e-3), "eagle": (10.0, 1e-3)}
 
+# Options of some kinds alone, and what they are where they are not given.
+SHAPES: dict[tuple[str, ...], tuple[str, ...]] = {
+    ("draft",): ("layers",),
+    ("medusa",): ("heads", "own_heads"),
+    ("eagle",): ("version", "unroll", "noise"),
+    ("medusa", "eagle"): ("vocab_size",),
+}
+MAKES_TEXT = ("prompts", "own_prompts", "reviews", "max_new_tokens")
+DEFAULTS = {
+    "layers": 4, "heads": 4, "version": 1, "unroll": 3, "noise": 0.0, "vocab_size": 8192, "reviews": 96, "max_new_tokens": 96,
+}  # fmt: skip
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kind", choices=KINDS, required=True)
@@ -43,16 +64,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text.add_argument("--data", metavar="FILE", help="its continuations; made where absent (default OUTPUT/continuations.jsonl)")
     text.add_argument("--prompts", metavar="FILE", help="JSON lines with a prompt each, instead of these two:")
     text.add_argument("--own-prompts", type=int, metavar="N", help="chat messages it makes up (default 160; offline: 0)")
-    text.add_argument("--reviews", type=int, default=96, metavar="N", help="film reviews (default %(default)s)")
-    text.add_argument("--max-new-tokens", type=positive_int, default=96, metavar="N", help="of each (default %(default)s)")
+    text.add_argument("--reviews", type=int, metavar="N", help="film reviews (default 96)")
+    text.add_argument("--max-new-tokens", type=positive_int, metavar="N", help="of each (default 96)")
     draft = parser.add_argument_group("the draft")
-    draft.add_argument("--layers", type=_layers, default=4, metavar="N", help="draft: how many, or which: 0,1,29 (default 4)")
-    draft.add_argument("--heads", type=positive_int, default=4, metavar="N", help="medusa: how many (default %(default)s)")
+    draft.add_argument("--layers", type=_layers, metavar="N", help="draft: how many, or which: 0,1,29 (default 4)")
+    draft.add_argument("--heads", type=positive_int, metavar="N", help="medusa: how many (default 4)")
     draft.add_argument("--own-heads", action="store_true", help="medusa: train a copy of the model's head for each (large)")
-    draft.add_argument("--version", type=int, choices=(1, 3), default=1, help="eagle: EAGLE-1 or EAGLE-3 (default %(default)s)")
-    draft.add_argument("--unroll", type=positive_int, default=3, metavar="N", help="eagle: steps a loss (default %(default)s)")
-    draft.add_argument("--noise", type=float, default=0.0, help="eagle: on the features, over their size (default %(default)s)")
-    draft.add_argument("--vocab-size", type=int, default=8192, metavar="N", help="medusa, eagle; 0: all (default %(default)s)")
+    draft.add_argument("--version", type=int, choices=(1, 3), help="eagle: EAGLE-1 or EAGLE-3 (default 1)")
+    draft.add_argument("--unroll", type=positive_int, metavar="N", help="eagle: steps a loss (default 3)")
+    draft.add_argument("--noise", type=float, help="eagle: on the features, over their size (default 0)")
+    draft.add_argument("--vocab-size", type=int, metavar="N", help="medusa, eagle; 0: all (default 8192)")
     training = parser.add_argument_group("training")
     training.add_argument("--epochs", type=float, help="default: 4, 10 for heads")
     training.add_argument("--batch-size", type=positive_int, default=8, metavar="N", help="texts a step (default %(default)s)")
@@ -64,7 +85,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _layers(text: str) -> int | tuple[int, ...]:
     """A number of layers, or their indices after commas."""
-    return tuple(map(int, text.split(","))) if "," in text else positive_int(text)
+    try:
+        return tuple(map(int, text.split(","))) if "," in text else positive_int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected a number of layers, or their indices such as 0,1,29, given {text}") from error
 
 
 def run(args: argparse.Namespace) -> None:
@@ -72,8 +96,11 @@ def run(args: argparse.Namespace) -> None:
     from posttrain.speculative.truncated import spread_layers
     from posttrain.trainer import TrainConfig
 
-    if args.own_prompts is None:
-        args.own_prompts = 0 if args.model == "offline" else 160
+    for kinds, options in SHAPES.items():
+        goes_with(args, args.kind in kinds, f"--kind {' or '.join(kinds)}", *options)
+    goes_with(args, args.prompts is None, "prompts of the command's own, and --prompts stands for them", "own_prompts", "reviews")
+    _say_what_is_there(args)
+    with_defaults(args, DEFAULTS | {"own_prompts": 0 if args.model == "offline" else 160})
     if args.vocab_size < 0 or args.own_prompts < 0 or args.reviews < 0:
         raise PosttrainError("--vocab-size, --own-prompts and --reviews must be 0 or more")
     if args.kind == "draft" and args.quantize:
@@ -93,14 +120,15 @@ def run(args: argparse.Namespace) -> None:
         vocab_size=args.vocab_size or None,
     )
     epochs, rate = RECIPES[args.kind]
-    config = TrainConfig(
-        output_dir=args.output,
-        num_train_epochs=epochs if args.epochs is None else args.epochs,
-        per_device_train_batch_size=args.batch_size,
-        learning_rate=rate if args.learning_rate is None else args.learning_rate,
-        seed=args.seed,
-        save_steps=args.save_steps,
-    )
+    with in_options({"num_train_epochs": "--epochs", "learning_rate is": "--learning-rate is"}):
+        config = TrainConfig(
+            output_dir=args.output,
+            num_train_epochs=epochs if args.epochs is None else args.epochs,
+            per_device_train_batch_size=args.batch_size,
+            learning_rate=rate if args.learning_rate is None else args.learning_rate,
+            seed=args.seed,
+            save_steps=args.save_steps,
+        )
     examples = continuations(args, model, tokenizer)
     print(f"{len(examples)} continuations, {sum(e.num_labels for e in examples)} tokens to learn", file=sys.stderr)
     try:
@@ -116,6 +144,17 @@ def run(args: argparse.Namespace) -> None:
     print(path)
 
 
+def _continuations_file(args: argparse.Namespace) -> Path:
+    return Path(args.data or Path(args.output) / "continuations.jsonl")
+
+
+def _say_what_is_there(args: argparse.Namespace) -> None:
+    """A line where the text was made before: the same options may stand in the command for every kind, and make nothing now."""
+    given = [f"--{name.replace('_', '-')}" for name in MAKES_TEXT if getattr(args, name) is not None]
+    if given and _continuations_file(args).exists():
+        print(f"{_continuations_file(args)} is there and is learned as it is; {', '.join(given)}: no new text", file=sys.stderr)
+
+
 def continuations(args: argparse.Namespace, model: Any, tokenizer: Any) -> list:
     """What the model is to learn from, out of --data or made and put there."""
     from posttrain.speculative.continuations import (
@@ -128,7 +167,7 @@ def continuations(args: argparse.Namespace, model: Any, tokenizer: Any) -> list:
         write_continuations,
     )
 
-    path = Path(args.data or Path(args.output) / "continuations.jsonl")
+    path = _continuations_file(args)
     if path.exists():
         return read_continuations(path, model)[0]
     config = ContinuationConfig(max_new_tokens=args.max_new_tokens, seed=args.seed)
@@ -158,7 +197,7 @@ def given_prompts(path: str, tokenizer: Any) -> list[list[int]]:
     from posttrain.data import read_jsonl
 
     prompts = []
-    for number, row in read_jsonl(path):
+    for number, row in read_jsonl(path, '"prompt", text or messages'):
         prompt = row.get("prompt")
         try:
             ids = tokenizer.encode(prompt, add_special_tokens=True) if isinstance(prompt, str) else tokenizer.chat(prompt)
