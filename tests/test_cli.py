@@ -371,3 +371,15 @@ def test_evaluate_generation_and_perplexity(capsys, tmp_path) -> None:
     expected = perplexity(model, tokenizer.encode(text.read_text(), add_special_tokens=True), 64, 32)
     assert code == 0 and out == f"text.txt: perplexity {expected}\n"
     assert_one_error(run(capsys, "evaluate", "--model", "offline", "--text", text, "--save", "x"), "--save")
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-"])
+def test_a_closed_stream_is_nobody(closed) -> None:
+    """Nothing that belongs to it goes elsewhere, and the work is done."""
+    generate = [sys.executable, "-m", "posttrain.cli", "generate", "--model", "offline", "--prompt", "-", "--max-new-tokens", "2"]
+    nothing = subprocess.run(["sh", "-c", '"$@" <&-', "sh", *generate], capture_output=True, text=True)
+    assert nothing.returncode == 1 and "the prompt is empty" in nothing.stderr
+    done = subprocess.run(["sh", "-c", f'"$@" {closed}', "sh", *generate], input="a", capture_output=True, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+    assert bool(done.stdout) == (closed != ">&-") and bool(done.stderr) == (closed != "2>&-")
+    assert "tokens/s" not in done.stdout

@@ -70,6 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
+    _open_streams()
     try:
         args = build_parser().parse_args(argv)
     except SystemExit as exit_:  # argparse: --help and --version leave with 0, wrong usage with 2
@@ -89,6 +90,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{args.prog}: error: {_one_line(error)}", file=sys.stderr)
         return 1
     return 0
+
+
+def _open_streams() -> None:
+    """Where the caller closed a standard stream (>&-, as daemons do), Python has None: read nothing there, and write to nobody."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
 
 
 def _one_line(error: BaseException) -> str:
