@@ -215,7 +215,8 @@ def _short(value: Any) -> str:
 
 
 def fit(example: Example, max_length: int | None, truncation: str = "error", bos_id: int | None = None) -> Example:
-    """The example in at most `max_length` tokens. A labelled token is never cut: ValueError where that is not possible.
+    """The example in at most `max_length` tokens. A labelled token is never cut, nor the last token before the first one, which
+    it is predicted from: ValueError where that is not possible.
 
     truncation "error": ValueError for any longer example. "keep_end": the start of the prompt goes (a leading
     beginning-of-sequence token stays).
@@ -230,8 +231,9 @@ def fit(example: Example, max_length: int | None, truncation: str = "error", bos
         raise ValueError(f"{problem}; shorten it, raise max_length, or cut prompts with truncation='keep_end'")
     head = 1 if example.input_ids[0] == bos_id and example.labels[0] == IGNORE_INDEX else 0
     start = length - max_length + head
-    if any(label != IGNORE_INDEX for label in example.labels[head:start]):
-        raise ValueError(f"{problem}; cutting the prompt is not enough, and completions are not cut")
+    first = next((i for i, label in enumerate(example.labels) if label != IGNORE_INDEX), length)
+    if first < start or (first == start and head == 0):
+        raise ValueError(f"{problem}; cutting the prompt is not enough: completions are not cut, and one token stays before them")
     return Example(*(ids[:head] + ids[start:] for ids in (example.input_ids, example.labels)))
 
 

@@ -224,3 +224,9 @@ def test_moves_and_dropout_with_the_model(model):
     assert torch.equal(logits(model), logits(model))
     model.train()
     assert not torch.equal(logits(model), logits(model))
+
+
+@pytest.mark.parametrize("layers", [7, [7, 9]])
+def test_layers_that_are_none_are_named_and_not_the_targets(layers):
+    with pytest.raises(ValueError, match=r"layers_to_transform=.*7.* is none of the layers that have target_modules=\['q_proj'\]"):
+        adapters.attach(random_model(), LoraConfig(target_modules=["q_proj"], layers_to_transform=layers))

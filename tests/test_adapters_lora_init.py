@@ -228,6 +228,18 @@ def test_resumes_bit_for_bit(tmp_path, init):
     assert all(torch.equal(tensor, resumed[key]) for key, tensor in whole.items())
 
 
+@pytest.mark.parametrize("init", ["pissa", "olora", "loftq"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_cannot_be_decomposed_is_named(init, value):
+    model = random_model()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] = value
+    before = [type(module) for module in model.modules()]
+    with pytest.raises(ValueError, match=f"layers.1.mlp.up_proj holds NaN or infinite values, and init_lora_weights='{init}'"):
+        adapters.attach(model, LoraConfig(r=2, init_lora_weights=init))
+    assert [type(module) for module in model.modules()] == before
+
+
 def test_refused_ranks_leave_the_model_alone(model):
     before = snapshot(model)
     for config, message in (

@@ -41,3 +41,9 @@ def test_loraplus_ratio_scales_the_rate_of_B(tmp_path, capsys) -> None:
     assert "loraplus_lr_ratio was 4.0 and is 8.0" in capsys.readouterr().err
     (tmp_path / "ia3").mkdir()
     assert train(tmp_path / "ia3", "--method", "ia3", "--r", 2)[0] != 0
+
+
+@pytest.mark.parametrize("names", ["q_proj, v_proj", "q_proj,v_proj,", "self_attn.q_proj,self_attn.v_proj"])
+def test_names_with_commas_between_are_names(tmp_path, names) -> None:
+    code, config = train(tmp_path, "--target-modules", names)
+    assert code == 0 and [name.rpartition(".")[2] for name in config["target_modules"]] == ["q_proj", "v_proj"]

@@ -235,8 +235,9 @@ def test_fit_never_cuts_a_label(prompt, completion, max_length, bos):
     try:
         cut = fit(example, max_length, "keep_end", bos_id)
     except ValueError:
-        assert prompt + completion > max_length and completion + bos > max_length
+        assert prompt + completion > max_length and completion + 1 > max_length
         return
     assert len(cut.input_ids) == len(cut.labels) == min(max_length, prompt + completion)
     assert [i for i in cut.labels if i != -100] == ids[prompt:]
     assert cut.input_ids[0] == ids[0] or not bos
+    assert cut.labels[0] == -100  # the first that is learned has a token before it

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from make_gguf import gguf_bytes, tiny_llama
 
+from posttrain import offline
 from posttrain.fetch import fetch
 from posttrain.model import chat_template
 from posttrain.model.gguf_to_hf import convert
@@ -295,3 +297,15 @@ def test_equals_transformers_on_the_real_tokenizer():
     # Digits come apart before the newlines' regular expression looks at them: "\n\n" stays one token before a digit.
     assert ours.encode("\n\n1") == [ours.backend.token_to_id("ĊĊ"), ours.backend.token_to_id("1")]
     assert_same(Tokenizer.load(folder), transformers.AutoTokenizer.from_pretrained(folder))
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path):
+    folder = shutil.copytree(offline.model_path(), tmp_path / "model")
+    (folder / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match="chat_template.jinja: not UTF-8"):
+        Tokenizer.load(folder)
+    (folder / "chat_template.jinja").unlink()
+    tokens = {"7": {"content": "<x>", "special": "no"}}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": tokens}))
+    with pytest.raises(ValueError, match="tokenizer_config.json: added_tokens_decoder is .*expected"):
+        Tokenizer.load(folder)

@@ -68,6 +68,14 @@ def target_layers(model: nn.Module, config: LoraConfig) -> dict[str, Any]:
     if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
         saved = (*whole, *(f"{name}." for name in whole))
         chosen = {n: m for n, m in chosen.items() if n in linear and n not in whole and not n.startswith(saved)}
+    if not chosen and config.layers_to_transform not in (None, []):
+        every = replace(config, layers_to_transform=None, layers_pattern=None)
+        if any(matches(every, n) for n in everything):
+            pattern = f" with layers_pattern={config.layers_pattern!r}" if config.layers_pattern else ""
+            raise ValueError(
+                f"layers_to_transform={config.layers_to_transform!r}{pattern} is none of the layers that have "
+                f"target_modules={config.target_modules!r}; their numbers count from 0"
+            )
     if not chosen:
         known = sorted({n.rpartition(".")[2] for n in linear})
         raise ValueError(

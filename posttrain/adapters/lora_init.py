@@ -81,8 +81,16 @@ def _random(init: bool | str, N: int, K: int, r: int, dtype: torch.dtype, device
     return A, B
 
 
+def _check_finite(config: LoraConfig, name: str, base: nn.Linear | QuantizedLinear) -> None:
+    """ValueError for a weight with NaN or infinities, which has no singular values and no QR decomposition."""
+    if not torch.isfinite(dense_weight(base)).all():
+        init = config.init_lora_weights
+        raise ValueError(f"the weight of {name} holds NaN or infinite values, and init_lora_weights={init!r} decomposes it")
+
+
 def taken(config: LoraConfig, name: str, base: nn.Linear | QuantizedLinear) -> tuple[Tensor, Tensor]:
     """(A0, B0) of the part scaling B0 A0 of the layer's weight that PiSSA and OLoRA start with."""
+    _check_finite(config, name, base)
     W, r, init = dense_weight(base), config.rank(name), config.init_lora_weights
     niter = int(str(init).rpartition("_")[2]) if "niter" in str(init) else None
     return _olora(W, r) if init == "olora" else _largest(W, r, config.scaling(name), niter)
@@ -126,6 +134,7 @@ def initial(
                 f"{name} is in 4 bits already, and init_lora_weights='loftq' needs the weight before: attach to the dense model, "
                 "or attach with init_lora_weights=True and call init_loftq(model, path of the dense model)"
             )
+        _check_finite(config, name, base)
         Q, A, B, A0, B0 = loftq(weight.detach(), r, scaling, config.loftq)
         base = QuantizedLinear(Q, base.bias)
         if config.own_base:

@@ -1,7 +1,8 @@
 """Merge an adapter into its base and write a plain Hugging Face folder.
 
 For methods that change weights: LoRA and DoRA (W + scaling B A, computed in float32 and rounded once to --dtype) and
-(IA)^3. The base is loaded unquantized; the adapter's fingerprint must be that of the base.
+(IA)^3. A base in 4 bits is dequantized first, so that the result is dense; the adapter's fingerprint must be that
+of the base.
 """
 
 from __future__ import annotations

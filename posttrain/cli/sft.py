@@ -19,6 +19,7 @@ with metrics.jsonl and loss.svg. Interrupted, the same command with --resume goe
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from dataclasses import replace
 from typing import Any
@@ -62,8 +63,8 @@ def add_adapter_arguments(group: argparse._ArgumentGroup, default: str | None) -
 
 def _names(text: str) -> str | list[str]:
     """Names, or a regular expression (and "all-linear")."""
-    names = text.split(",")
-    return names if all(map(str.isidentifier, names)) else text
+    names = [name for part in text.split(",") if (name := part.strip())]
+    return names if names and all(re.fullmatch(r"[\w.]+", name) for name in names) else text
 
 
 def _init(text: str) -> str | bool:

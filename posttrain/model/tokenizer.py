@@ -171,6 +171,13 @@ class Tokenizer:
         return token_id
 
 
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 (byte {error.start}); save the file as UTF-8") from error
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
@@ -207,11 +214,17 @@ def _text(token: Any) -> str | None:
     return text if isinstance(text, str) else None  # add_bos_token is a switch
 
 
+def _switches(token: dict[str, Any]) -> bool:
+    """Whether what an added token turns on or off is said by true or false."""
+    return all(isinstance(token.get(key), bool | None) for key in ("single_word", "lstrip", "rstrip", "normalized", "special"))
+
+
 def _added_tokens(folder: Path, config: dict[str, Any]) -> list[tokenizers.AddedToken]:
     """What the configuration adds to tokenizer.json, in the order of the ids: those that are new get the next free ones."""
     tokens = config.get("added_tokens_decoder") or {}
     if not isinstance(tokens, dict) or not all(
-        i.isdecimal() and isinstance(token, dict) and isinstance(token.get("content"), str) for i, token in tokens.items()
+        i.isdecimal() and isinstance(token, dict) and isinstance(token.get("content"), str) and _switches(token)
+        for i, token in tokens.items()
     ):
         raise ValueError(
             f"{folder / 'tokenizer_config.json'}: added_tokens_decoder is {json.dumps(tokens)[:80]}; "
@@ -233,7 +246,7 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str | dict[str, str]
     if (file := folder / "chat_template.jinja").is_file():
         files["default"] = file
     if files:
-        texts = {name: file.read_text(encoding="utf-8") for name, file in files.items()}
+        texts = {name: _read_text(file) for name, file in files.items()}
         return texts["default"] if texts.keys() == {"default"} else texts
     found = config.get("chat_template")
     templates = found

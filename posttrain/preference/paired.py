@@ -42,7 +42,8 @@ class PreferenceConfig:
     loss_type: a name of kernels/preference_losses.py, several with loss_weights (MPO, arXiv:2411.10442; 1 each by default), or
     "cpo" (arXiv:2401.08417) or "orpo" (arXiv:2403.07691), whole as their papers have them. label_smoothing goes to those that
     have one. ld_alpha: weight of tokens beyond the shorter completion's length (LD-DPO); None sums all alike. use_weighting:
-    WPO's weights. reference_free: log-ratios to nothing. ValueError where these do not go together.
+    WPO's weights. AlphaPO (arXiv:2501.03884) is "simpo" with f_divergence_type "alpha_divergence" and the coefficient 1 - alpha.
+    reference_free: log-ratios to nothing. ValueError where these do not go together.
     """
 
     loss_type: str | Sequence[str] = "sigmoid"
