@@ -94,9 +94,9 @@ class QuantizedLinear(nn.Module):
         )
 
 
-def in_dtype_of(x: Tensor, bias: Tensor | None) -> Tensor | None:
-    """The bias as a product of x takes it."""
-    return bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
+def in_dtype_of(x: Tensor, other: Tensor | None) -> Tensor | None:
+    """A bias, or a factor, as a product of x takes it."""
+    return other if other is None or other.dtype == x.dtype else other.to(x.dtype)
 
 
 def quantizable_linears(model: nn.Module, skip: Iterable[str] = ("lm_head",)) -> Iterator[tuple[str, nn.Linear]]:

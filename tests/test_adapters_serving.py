@@ -9,6 +9,7 @@ import threading
 import pytest
 import torch
 from model_cases import random_model
+from tolerance import assert_as_accurate
 
 from posttrain import adapters, offline
 from posttrain.adapters import LoraConfig, serving
@@ -167,6 +168,28 @@ def test_factors_take_the_models_dtype_and_scaling_stays_in_float32(folders):
     assert stack.ranks.tolist() == [8, 3, 12, 0] and stack.lora_A.shape == (4, 16, 64)
     assert stack.scaling.tolist() == [2.0, 4.0, torch.tensor(8 / 12**0.5).item(), 0.0]
     assert len(generate(model, PROMPTS, 4, adapter_ids=REQUESTS)[0]) == 4
+
+
+@pytest.mark.parametrize(
+    ("recorded", "computed"), [(torch.float16, torch.bfloat16), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)]
+)
+def test_a_4_bit_base_says_nothing_of_the_factors_dtype(folders, recorded, computed):
+    """It records what it was quantized from; they are in what the model computes in, and a layer whose input is neither casts."""
+    model = make_model(dtype=recorded)
+    quantize_model(model)
+    model.to(computed)
+    serving.load(model, "all", folders["all"], any_base=True)
+    layer = model.model.layers[0].self_attn.q_proj
+    assert layer.base_layer.weight.dtype == recorded and layer.stack.lora_A.dtype == layer.stack.lora_B.dtype == computed
+    A, B, scaling = layer.stack.lora_A[0], layer.stack.lora_B[0], layer.stack.scaling[0]
+    for dtype in (computed, torch.float16):
+        x = torch.randn(3, 64).to(dtype)
+        with model.served_adapters.rows(["all"], 1, x.device):
+            y = layer(x)
+        given = x, layer.base_layer.weight.dequantize(dtype), A.to(x), B.to(x)
+        plain, exact = (x @ W.T + scaling * (x @ A.T) @ B.T for x, W, A, B in (given, map(torch.Tensor.double, given)))
+        assert y.dtype == dtype
+        assert_as_accurate(y, plain, exact)
 
 
 def test_two_threads_do_not_mix_their_requests(folders):

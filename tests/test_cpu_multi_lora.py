@@ -90,6 +90,14 @@ def test_a_wrong_id_or_rank_changes_nothing(engine):
             case.ranks[1] = 5
 
 
+@pytest.mark.parametrize(("of_A", "of_B"), [(torch.float16, torch.float16), (torch.bfloat16, torch.float32)])
+def test_factors_in_a_dtype_that_the_engine_would_misread_are_refused(of_A, of_B):
+    case = Case(5, 6, 8, 2, 4, torch.bfloat16)
+    case.A, case.B = case.A.to(of_A), case.B.to(of_B)
+    with pytest.raises(TypeError, match=rf"lora_A is {of_A} and lora_B {of_B}; expected both in x's dtype, torch.bfloat16, or"):
+        _add(native, case)
+
+
 def test_infinities_and_nan_stay_in_their_rows(isa):
     case = Case(6, 40, 64, 3, 4, torch.bfloat16, "uniform", ranked=False, bias=False)
     case.x[1, 3], case.x[4, 60] = torch.nan, torch.inf

@@ -55,7 +55,7 @@ def test_a_bias_of_another_dtype_than_x(rows, of_bias, of_x):
     adapted.add("default", {"lora_A": torch.randn(4, 128), "lora_B": torch.zeros(64, 4)})
     adapted.active_adapter = "default"
     assert torch.equal(adapted(x), expected)
-    served = MultiLoraLinear(layer, Batch())
+    served = MultiLoraLinear(layer, Batch(), of_bias)
     served.grow(1, 4)
     served.batch.set(torch.zeros(rows, dtype=torch.int64))
     assert torch.equal(served(x), expected) or of_bias == of_x

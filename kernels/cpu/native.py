@@ -183,7 +183,9 @@ def double_dequantize(codes: Tensor, absmax: Tensor, offset: Tensor, block_size:
 
 
 def multi_lora_add(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: Tensor, ranks, adapter_ids: Tensor) -> None:
-    """As pytorch_multi_lora's, or with float32 factors; every tensor contiguous."""
+    """As pytorch_multi_lora's, or with float32 factors; every tensor contiguous. TypeError for factors in another dtype."""
+    if lora_A.dtype != lora_B.dtype or lora_A.dtype not in (x.dtype, torch.float32):  # the library would read past their ends
+        raise TypeError(f"lora_A is {lora_A.dtype} and lora_B {lora_B.dtype}; expected both in x's dtype, {x.dtype}, or in float32")
     n, r, K = lora_A.shape
     M, N = y.shape
     status = _library.multi_lora_add(

@@ -10,7 +10,8 @@ leaves alone the rank 0; ranks may differ, an adapter costs what its own rank co
 newer weights under their name, while others generate, in this thread or in another: what a request under way reads is not written
 to. Nothing trains here: a model either serves adapters or has some attached.
 
-The factors are kept in the base's dtype: that is what they are multiplied in.
+The factors are kept in the dtype that the model computes in: that is what they are multiplied in. (The one that a 4-bit weight
+records is what it was quantized from.)
 """
 
 from __future__ import annotations
@@ -72,13 +73,13 @@ class MultiLoraLinear(nn.Module):
     """A frozen linear layer and the stacked factors of the adapters that are served; slot i is the adapter's of id i. `batch` says
     who uses which."""
 
-    def __init__(self, base_layer: nn.Linear | QuantizedLinear, batch: Batch):
+    def __init__(self, base_layer: nn.Linear | QuantizedLinear, batch: Batch, dtype: torch.dtype):
         super().__init__()
         self.base_layer = base_layer
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
         self.batch = batch
         weight = base_layer.weight
-        like = torch.empty(0, dtype=weight.dtype, device=weight.device if isinstance(weight, Tensor) else weight.packed.device)
+        like = torch.empty(0, dtype=dtype, device=weight.device if isinstance(weight, Tensor) else weight.packed.device)
         A, B = like.new_zeros(0, 0, self.in_features), like.new_zeros(0, self.out_features, 0)
         self.stack = Stack(A, B, like.new_zeros(0, dtype=torch.float32), like.new_zeros(0, dtype=torch.int32))
 
@@ -109,7 +110,8 @@ class MultiLoraLinear(nn.Module):
         shape = (self.out_features, self.in_features)
         weight: Any = base.weight
         tensors, form = ((weight, None, None, None, 0), (0, "none")) if isinstance(weight, Tensor) else _packed(weight)
-        return _multi_lora_linear(x, *tensors, *stack, ids, order, tiles, bias, *shape, *form)
+        A, B = in_dtype_of(x, stack.lora_A), in_dtype_of(x, stack.lora_B)
+        return _multi_lora_linear(x, *tensors, A, B, stack.scaling, stack.ranks, ids, order, tiles, bias, *shape, *form)
 
     def _apply(self, fn, recurse=True):
         """Devices apply to everything, dtypes to the factors alone."""
@@ -227,9 +229,11 @@ def _write(model: nn.Module, served: Served, i: int, factors: Mapping[str, tuple
     """Put an adapter into slot i of every layer, taking what was there away."""
     if i >= served.capacity:
         served.capacity = max(2 * served.capacity, 1)
+    embedding: Any = model.get_submodule("model.embed_tokens")
     for name in sorted(factors.keys() | served.layers.keys()):
         # a base is a linear layer: _read takes nothing else
-        layer = served.layers.get(name) or MultiLoraLinear(model.get_submodule(name), served.batch).train(model.training)  # type: ignore[arg-type]
+        base: Any = model.get_submodule(name)
+        layer = served.layers.get(name) or MultiLoraLinear(base, served.batch, embedding.weight.dtype).train(model.training)
         A, B, scaling = factors.get(name) or (layer.stack.lora_A[:0, 0], layer.stack.lora_B[0, :, :0], 0.0)
         layer.grow(served.capacity, A.shape[0])
         layer.put(i, A, B, scaling)
