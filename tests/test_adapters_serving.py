@@ -121,7 +121,7 @@ def test_a_swap_in_the_middle_is_for_the_requests_that_follow(folders):
     for name in ("late", "newer", "all"):
         serving.replace(model, "all", folders[name])
         assert generate(model, [[5]], 12, adapter_ids=["all"]) == alone(folders, name, [[5]], count=12)
-    assert model.served_adapters.free_id() == 0  # where the first weights were
+    assert model.served_adapters.capacity == 5  # weights that are gone leave their place to newer ones
 
 
 def test_adapters_come_while_others_generate(folders):
@@ -316,6 +316,37 @@ def _unchanged(model, act, error, message) -> None:
         act()
     assert serving.names(model) == names and {name: type(module) for name, module in model.named_modules()} == modules
     assert generate(model, PROMPTS, 4) == before
+
+
+@pytest.mark.parametrize("method", ("grow", "put"))
+@pytest.mark.parametrize("call", (1, 2, 5))
+@pytest.mark.parametrize("act", ("first", "another", "replace"))
+def test_memory_that_runs_out_changes_nothing(folders, monkeypatch, act, call, method):
+    """In whichever layer, while there is made room or written to it."""
+    model, whole, calls = serve(folders, [] if act == "first" else ["small", "late"]), getattr(MultiLoraLinear, method), []
+
+    def failing(self, *args):
+        calls.append(self)
+        if len(calls) == call:
+            raise torch.OutOfMemoryError("no memory is left")
+        return whole(self, *args)
+
+    def write():
+        with monkeypatch.context() as patch:
+            patch.setattr(MultiLoraLinear, method, failing)
+            (serving.replace if act == "replace" else serving.load)(model, "small" if act == "replace" else "new", folders["all"])
+
+    fingerprint = model.fingerprint
+    _unchanged(model, write, torch.OutOfMemoryError, "no memory is left")
+    if act == "first":
+        assert model.fingerprint is fingerprint
+        adapters.attach(model, LoraConfig(r=2))
+        return
+    for name in ("small", "late"):
+        assert generate(model, [[5]], 10, adapter_ids=[name]) == alone(folders, name, [[5]])
+    serving.load(model, "new", folders["all"])
+    for name, folder in (("small", "small"), ("late", "late"), ("new", "all")):
+        assert generate(model, [[5]], 10, adapter_ids=[name]) == alone(folders, folder, [[5]])
 
 
 def test_an_adapter_of_another_base_is_refused(folders):

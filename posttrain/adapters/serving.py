@@ -225,21 +225,26 @@ def _read(served: Served, path: str | os.PathLike, any_base: bool) -> dict[str, 
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def _write(model: nn.Module, served: Served, i: int, factors: Mapping[str, tuple[Tensor, Tensor, float]]) -> None:
-    """Put an adapter into slot i of every layer, taking what was there away."""
-    if i >= served.capacity:
-        served.capacity = max(2 * served.capacity, 1)
+def _write(model: nn.Module, served: Served, i: int, factors: Mapping[str, tuple[Tensor, Tensor, float]], room: int) -> None:
+    """Put an adapter into slot i, which nobody uses, of every layer; `room`: how many slots there are where i is beyond them.
+
+    All memory is taken before anything is written, and new layers are placed last: whatever fails, what is read has not changed.
+    """
+    n = served.capacity if i < served.capacity else room
     embedding: Any = model.get_submodule("model.embed_tokens")
+    layers = {}
     for name in sorted(factors.keys() | served.layers.keys()):
-        # a base is a linear layer: _read takes nothing else
-        base: Any = model.get_submodule(name)
+        base: Any = model.get_submodule(name)  # a linear layer: _read takes nothing else
         layer = served.layers.get(name) or MultiLoraLinear(base, served.batch, embedding.weight.dtype).train(model.training)
+        layer.grow(n, factors[name][0].shape[0] if name in factors else 0)
+        layers[name] = layer
+    served.capacity = n
+    for name, layer in layers.items():
         A, B, scaling = factors.get(name) or (layer.stack.lora_A[:0, 0], layer.stack.lora_B[0, :, :0], 0.0)
-        layer.grow(served.capacity, A.shape[0])
         layer.put(i, A, B, scaling)
-        if name not in served.layers:
-            served.layers[name] = layer
-            _place(model, name, layer)
+    for name in layers.keys() - served.layers.keys():
+        served.layers[name] = layers[name]
+        _place(model, name, layers[name])
 
 
 def _place(model: nn.Module, name: str, layer: nn.Module) -> None:
@@ -248,6 +253,13 @@ def _place(model: nn.Module, name: str, layer: nn.Module) -> None:
     owner = model.get_submodule(name.rpartition(".")[0])
     if "fused" in owner.__dict__:
         owner.fused = None  # type: ignore[assignment]
+
+
+def _give_back(model: nn.Module, served: Served) -> None:
+    """Serve nothing any more: the model has its own layers."""
+    for name, layer in served.layers.items():
+        _place(model, name, layer.base_layer)
+    model.__dict__.pop("served_adapters", None)
 
 
 def load(model: nn.Module, name: str, path: str | os.PathLike, *, any_base: bool = False) -> None:
@@ -265,24 +277,29 @@ def load(model: nn.Module, name: str, path: str | os.PathLike, *, any_base: bool
             raise ValueError(f"an adapter named {name!r} is served already; give another name, or replace it")
         served = model.__dict__.get("served_adapters") or Served(model)
         factors = _read(served, path, any_base)
-        if "served_adapters" not in model.__dict__:
-            object.__setattr__(model, "fingerprint", served.bare.fingerprint)  # of the bare base: names of tensors change now
-            model.__dict__["served_adapters"] = served
         i = served.free_id()
-        _write(model, served, i, factors)
+        try:
+            _write(model, served, i, factors, max(2 * served.capacity, 1))
+        except BaseException:
+            if not served.ids:
+                _give_back(model, served)
+            raise
+        if "served_adapters" not in model.__dict__:
+            object.__setattr__(model, "fingerprint", served.bare.fingerprint)  # of the bare base: names of tensors have changed now
+            model.__dict__["served_adapters"] = served
         served.ids[name] = i
 
 
 def replace(model: nn.Module, name: str, path: str | os.PathLike, *, any_base: bool = False) -> None:
     """Put the adapter in `path` in the place of the one served as `name`. Requests under way end with the weights that they began
-    with, which stay in memory for as long. Raises as `load`, and nothing has changed then."""
+    with. The new ones go to a free place, and the old one is free when no request has it. Raises as `load`, and the adapter
+    is what it was then."""
     with layers_change:
         served = _served(model)
-        i = served.id_of(name)
+        served.id_of(name)
         factors = _read(served, path, any_base)
-        if served.in_use[name, i]:
-            i = served.free_id()
-        _write(model, served, i, factors)
+        i = served.free_id()
+        _write(model, served, i, factors, i + 1)
         served.ids[name] = i
 
 
@@ -290,13 +307,9 @@ def remove(model: nn.Module, name: str) -> None:
     """Stop serving an adapter. ValueError while a generation uses it. With the last one the model gets its own layers back."""
     with layers_change:
         served = _served(model)
-        i = served.id_of(name)
+        served.id_of(name)
         if any(used == name for used, _ in served.in_use):
             raise ValueError(f"the adapter {name!r} is in use by a generation; remove it when that has ended")
         del served.ids[name]
-        if served.ids:
-            _write(model, served, i, {})
-            return
-        for layer_name, layer in served.layers.items():
-            _place(model, layer_name, layer.base_layer)
-        del model.__dict__["served_adapters"]
+        if not served.ids:
+            _give_back(model, served)
