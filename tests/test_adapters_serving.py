@@ -192,6 +192,24 @@ def test_a_4_bit_base_says_nothing_of_the_factors_dtype(folders, recorded, compu
         assert_as_accurate(y, plain, exact)
 
 
+@pytest.mark.parametrize("run", (generate, lambda *args, **options: engine.generate(*args, NgramDrafter(), **options)[0]))
+def test_what_on_token_computes_is_no_part_of_the_batch(folders, run):
+    """A generation and a forward without names go through the base there, one with names through those; the batch goes on."""
+    model, ids, seen = serve(folders), torch.tensor([[9, 8, 7]]), []
+    with torch.no_grad():
+        logits = model(ids)
+
+    def on_token(row, token):
+        seen.append(generate(model, [[5], [40, 41]], 10) == alone(folders, None, [[5], [40, 41]]))
+        seen.append(generate(model, [[5]], 10, adapter_ids=["small"]) == alone(folders, "small", [[5]]))
+        seen.append(torch.equal(model(ids), logits))
+
+    names, prompts = ["all", None, "late"], [[5], [9, 8, 7], [40, 41]]
+    outputs = run(model, prompts, 10, on_token=on_token, adapter_ids=names)
+    assert outputs == [alone(folders, name, [prompt])[0] for name, prompt in zip(names, prompts, strict=True)]
+    assert seen and all(seen)
+
+
 def test_two_threads_do_not_mix_their_requests(folders):
     model, results = serve(folders), {}
 

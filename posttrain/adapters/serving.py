@@ -51,6 +51,21 @@ class Batch(threading.local):
     def set(self, ids: Tensor | None) -> None:
         self.ids, self._sorted = ids, {}
 
+    def select(self, rows: Tensor) -> None:
+        """Keep these requests alone."""
+        if self.ids is not None:
+            self.set(self.ids[rows])
+
+    @contextlib.contextmanager
+    def using(self, ids: Tensor | None) -> Iterator[Batch]:
+        """While open, these ids; then what was there before."""
+        before = self.ids, self._sorted
+        self.set(ids)
+        try:
+            yield self
+        finally:
+            self.ids, self._sorted = before
+
     def segments(self, num_adapters: int, rows: int) -> AdapterSegments:
         """The batch's rows sorted by adapter, each request having equally many: once for all layers."""
         key = (num_adapters, rows)
@@ -177,12 +192,10 @@ class Served:
             used = Counter((name, self.id_of(name)) for name in adapter_ids if name is not None)
             ids = torch.tensor([-1 if name is None else self.ids[name] for name in adapter_ids], device=device)
             self.in_use += used
-        before = self.batch.ids
-        self.batch.set(ids)
         try:
-            yield self.batch
+            with self.batch.using(ids) as batch:
+                yield batch
         finally:
-            self.batch.set(before)
             with layers_change:
                 self.in_use -= used
 

@@ -61,6 +61,7 @@ def generate(
     running = [True] * len(rows)
     try:
         with request_adapters(model, adapter_ids, len(prompts), weight.device) as batch, fused_projections(model):
+            on_token = outside_requests(on_token, batch)
             for step in range(max_new_tokens):
                 hidden = model.hidden(input_ids, attention_mask=attention_mask, cache=cache)
                 if step == 0 and len(read) < len(prompts):
@@ -86,7 +87,7 @@ def generate(
                     cache.select(kept)
                     chosen = chosen[kept]
                     if batch is not None:
-                        batch.set(batch.ids[kept])
+                        batch.select(kept)
                     rows = [rows[i] for i in kept.tolist()]
                     running = [True] * len(rows)
                 input_ids, attention_mask = chosen[:, None], None
@@ -97,13 +98,26 @@ def generate(
 
 
 def request_adapters(model: CausalLM, adapter_ids: Sequence[str | None] | None, count: int, device: torch.device):
-    """A context in which each prompt goes through its own adapter; it gives the batch that says which."""
-    if adapter_ids is None:
-        return nullcontext()
+    """A context in which each prompt goes through its own adapter, without adapter_ids all through the base, whatever requests this
+    thread has under way; it gives the batch that says which, None where the model serves nothing."""
     served = model.__dict__.get("served_adapters")
+    if adapter_ids is None:
+        return nullcontext() if served is None else served.batch.using(None)
     if served is None:
         raise ValueError("adapter_ids are given and the model serves no adapters; load them with posttrain.adapters.serving.load")
     return served.rows(adapter_ids, count, device)
+
+
+def outside_requests(on_token: Callable[[int, int], None] | None, batch) -> Callable[[int, int], None] | None:
+    """on_token as the caller's own code, which is no part of the batch: a forward in it goes through the base."""
+    if on_token is None or batch is None:
+        return on_token
+
+    def call(row: int, token: int) -> None:
+        with batch.using(None):
+            on_token(row, token)
+
+    return call
 
 
 def check_seed(seed: int | None) -> None:

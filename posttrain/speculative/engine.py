@@ -19,7 +19,7 @@ from torch import Tensor
 from posttrain.kernels import tree_attention, verify_draft_tokens, verify_draft_tree
 from posttrain.model.decoder import CausalLM
 from posttrain.model.fused import fused_projections
-from posttrain.model.generate import check_prompts, check_seed, left_pad, request_adapters
+from posttrain.model.generate import check_prompts, check_seed, left_pad, outside_requests, request_adapters
 from posttrain.model.kv_cache import KVCache
 from posttrain.model.sampling import check_sampling
 
@@ -96,7 +96,7 @@ def generate(
                 outputs,
                 max_new_tokens,
                 frozenset(stop_ids),
-                on_token,
+                outside_requests(on_token, batch),
                 batch,
                 typical,
                 measure_overlap,
@@ -295,7 +295,7 @@ class _Run:
         self.cache.select(kept)
         self.drafter.select(kept)
         if self.batch is not None:
-            self.batch.set(self.batch.ids[kept])
+            self.batch.select(kept)
         requests = self.requests
         requests.tokens = [requests.tokens[i] for i in going]
         requests.seeds, requests.generated = requests.seeds[kept], requests.generated[kept]
