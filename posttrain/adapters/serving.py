@@ -248,7 +248,7 @@ def _write(model: nn.Module, served: Served, i: int, factors: Mapping[str, tuple
     layers = {}
     for name in sorted(factors.keys() | served.layers.keys()):
         base: Any = model.get_submodule(name)  # a linear layer: _read takes nothing else
-        layer = served.layers.get(name) or MultiLoraLinear(base, served.batch, embedding.weight.dtype).train(model.training)
+        layer = served.layers.get(name) or MultiLoraLinear(base, served.batch, embedding.weight.dtype).train(base.training)
         layer.grow(n, factors[name][0].shape[0] if name in factors else 0)
         layers[name] = layer
     served.capacity = n

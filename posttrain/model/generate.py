@@ -8,6 +8,7 @@ from contextlib import nullcontext
 import torch
 
 from .decoder import CausalLM
+from .eval_mode import eval_mode
 from .fused import fused_projections
 from .kv_cache import KVCache
 from .sampling import check_sampling, sample
@@ -53,47 +54,41 @@ def generate(
     cache = KVCache(model.config, len(read), longest + max_new_tokens - 1, weight.dtype, weight.device)
     input_ids, attention_mask = left_pad(read, longest, weight.device)
     generator = None if seed is None else torch.Generator(weight.device).manual_seed(seed)
-    was_training = model.training
-    if was_training:
-        model.eval()
     stop = frozenset(stop_ids)
     rows = list(range(len(prompts)))  # the prompt that each row of the batch continues
     running = [True] * len(rows)
-    try:
-        with request_adapters(model, adapter_ids, len(prompts), weight.device) as batch, fused_projections(model):
-            on_token = outside_requests(on_token, batch)
-            for step in range(max_new_tokens):
-                hidden = model.hidden(input_ids, attention_mask=attention_mask, cache=cache)
-                if step == 0 and len(read) < len(prompts):
-                    place = {ids: i for i, ids in enumerate(read)}
-                    owners = torch.tensor([place[tuple(ids)] for ids in prompts], device=weight.device)
-                    cache.select(owners)
-                    hidden = hidden[owners]
-                chosen = sample(model.head(hidden[:, -1]), temperature, top_k, top_p, generator)
-                for i, token in enumerate(chosen.tolist()):
-                    if not running[i]:
-                        continue
-                    if token in stop:
-                        running[i] = False
-                        continue
-                    outputs[rows[i]].append(token)
-                    if on_token is not None:
-                        on_token(rows[i], token)
-                if not any(running) or step == max_new_tokens - 1:
-                    break
-                if 2 * sum(running) <= len(rows):
-                    # Finished rows cost as much as running ones: drop them once they are half of the batch.
-                    kept = torch.tensor([i for i, going in enumerate(running) if going], device=weight.device)
-                    cache.select(kept)
-                    chosen = chosen[kept]
-                    if batch is not None:
-                        batch.select(kept)
-                    rows = [rows[i] for i in kept.tolist()]
-                    running = [True] * len(rows)
-                input_ids, attention_mask = chosen[:, None], None
-    finally:
-        if was_training:
-            model.train()
+    adapters = request_adapters(model, adapter_ids, len(prompts), weight.device)
+    with eval_mode(model), adapters as batch, fused_projections(model):
+        on_token = outside_requests(on_token, batch)
+        for step in range(max_new_tokens):
+            hidden = model.hidden(input_ids, attention_mask=attention_mask, cache=cache)
+            if step == 0 and len(read) < len(prompts):
+                place = {ids: i for i, ids in enumerate(read)}
+                owners = torch.tensor([place[tuple(ids)] for ids in prompts], device=weight.device)
+                cache.select(owners)
+                hidden = hidden[owners]
+            chosen = sample(model.head(hidden[:, -1]), temperature, top_k, top_p, generator)
+            for i, token in enumerate(chosen.tolist()):
+                if not running[i]:
+                    continue
+                if token in stop:
+                    running[i] = False
+                    continue
+                outputs[rows[i]].append(token)
+                if on_token is not None:
+                    on_token(rows[i], token)
+            if not any(running) or step == max_new_tokens - 1:
+                break
+            if 2 * sum(running) <= len(rows):
+                # Finished rows cost as much as running ones: drop them once they are half of the batch.
+                kept = torch.tensor([i for i, going in enumerate(running) if going], device=weight.device)
+                cache.select(kept)
+                chosen = chosen[kept]
+                if batch is not None:
+                    batch.select(kept)
+                rows = [rows[i] for i in kept.tolist()]
+                running = [True] * len(rows)
+            input_ids, attention_mask = chosen[:, None], None
     return outputs
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from posttrain.kernels import tree_attention, verify_draft_tokens, verify_draft_tree
 from posttrain.model.decoder import CausalLM
+from posttrain.model.eval_mode import eval_mode
 from posttrain.model.fused import fused_projections
 from posttrain.model.generate import check_prompts, check_seed, left_pad, outside_requests, request_adapters
 from posttrain.model.kv_cache import KVCache
@@ -78,35 +79,29 @@ def generate(
     if not prompts or max_new_tokens == 0:
         with request_adapters(model, adapter_ids, len(prompts), device):  # an unknown name is an error here too
             return outputs, report
-    was_training = model.training
-    if was_training:
-        model.eval()
-    try:
-        with request_adapters(model, adapter_ids, len(prompts), device) as batch, fused_projections(model):
-            requests = Requests(
-                [list(prompt) for prompt in prompts], [0] * len(prompts), _seeds(seed, len(prompts), device),
-                torch.zeros(len(prompts), dtype=torch.int64, device=device), temperature, top_k, top_p, device,
-            )  # fmt: skip
-            decider = pace.Pace(draft_length, adaptive, drafter.prompt_cost, report)
-            run = _Run(
-                model,
-                requests,
-                drafter,
-                decider,
-                outputs,
-                max_new_tokens,
-                frozenset(stop_ids),
-                outside_requests(on_token, batch),
-                batch,
-                typical,
-                measure_overlap,
-            )
-            run.start(prompts)
-            while run.rows:
-                run.step()
-    finally:
-        if was_training:
-            model.train()
+    adapters = request_adapters(model, adapter_ids, len(prompts), device)
+    with eval_mode(model), adapters as batch, fused_projections(model):
+        requests = Requests(
+            [list(prompt) for prompt in prompts], [0] * len(prompts), _seeds(seed, len(prompts), device),
+            torch.zeros(len(prompts), dtype=torch.int64, device=device), temperature, top_k, top_p, device,
+        )  # fmt: skip
+        decider = pace.Pace(draft_length, adaptive, drafter.prompt_cost, report)
+        run = _Run(
+            model,
+            requests,
+            drafter,
+            decider,
+            outputs,
+            max_new_tokens,
+            frozenset(stop_ids),
+            outside_requests(on_token, batch),
+            batch,
+            typical,
+            measure_overlap,
+        )
+        run.start(prompts)
+        while run.rows:
+            run.step()
     return outputs, report
 
 
