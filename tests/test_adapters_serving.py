@@ -1,82 +1,26 @@
-"""Many adapters on one base: each request as with its adapter alone, hot swap, names, errors."""
+"""Many adapters on one base: each request as with its adapter alone, hot swap, threads."""
 
 from __future__ import annotations
 
-import functools
-import json
 import threading
 
 import pytest
 import torch
-from model_cases import random_model
+from serving_cases import CONFIGS, PROMPTS, alone, make_model, save_adapters, serve
 from tolerance import assert_as_accurate
 
 from posttrain import adapters, offline
 from posttrain.adapters import LoraConfig, serving
 from posttrain.adapters.serving import MultiLoraLinear
-from posttrain.errors import PosttrainError
 from posttrain.model import generate, load
 from posttrain.quantized import quantize_model
 from posttrain.speculative import engine
 from posttrain.speculative.ngram import NgramDrafter
 
-CONFIGS = {
-    "all": LoraConfig(r=8, lora_alpha=16, init_lora_weights=False),
-    "small": LoraConfig(r=3, lora_alpha=12, target_modules=["q_proj", "down_proj"], init_lora_weights=False),
-    "patterned": LoraConfig(
-        r=4, rank_pattern={"q_proj": 12}, alpha_pattern={"v_proj": 9}, use_rslora=True, init_lora_weights=False,
-        target_modules=["q_proj", "v_proj", "up_proj"],
-    ),
-    "late": LoraConfig(r=2, lora_alpha=8, target_modules=["o_proj"], layers_to_transform=[2], init_lora_weights=False),
-}  # fmt: skip
-PROMPTS = [[3, 14, 15, 92, 6], [5], [1, 2, 3, 4, 5, 6, 7], [9, 8, 7], [5], [40, 41]]
-
-
-def make_model(quantized: bool = False, dtype=torch.float32):
-    torch.manual_seed(7)
-    model = random_model("smollm2", dtype)
-    if quantized:
-        quantize_model(model)
-    return model
-
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Adapters of the dense model's fingerprint, which is also that of its quantization."""
-    root, found = tmp_path_factory.mktemp("adapters"), {}
-    for seed, (name, config) in enumerate([*CONFIGS.items(), ("newer", CONFIGS["all"])]):
-        model = make_model()
-        torch.manual_seed(seed)
-        adapters.attach(model, config, name)
-        adapters.save_adapter(model, root / name)
-        found[name] = root / name
-    return found
-
-
-@functools.cache
-def _attached(folder, quantized):
-    model = make_model(quantized)
-    if folder is not None:
-        adapters.load_adapter(model, folder)
-    return model
-
-
-@functools.cache
-def _alone(folder, prompt, quantized, count):
-    return generate(_attached(folder, quantized), [prompt], count)[0]
-
-
-def alone(folders, name, prompts=PROMPTS, quantized=False, count=10):
-    """What each prompt gets by itself, with that adapter attached and nothing else."""
-    folder = None if name is None else folders[name]
-    return [_alone(folder, tuple(prompt), quantized, count) for prompt in prompts]
-
-
-def serve(folders, names=CONFIGS, quantized=False):
-    model = make_model(quantized)
-    for name in names:
-        serving.load(model, name, folders[name])
-    return model
+    return save_adapters(tmp_path_factory.mktemp("adapters"))
 
 
 REQUESTS = ["small", None, "all", "patterned", "late", "all"]
@@ -276,135 +220,6 @@ def test_an_adapter_in_use_is_not_removed(folders):
     generate(model, [[5]], 1, on_token=lambda *_: serving.replace(model, "all", folders["newer"]), adapter_ids=["all"])
     assert len(errors) == 1 and "'all' is in use by a generation" in errors[0]
     serving.remove(model, "all")
-
-
-# ---- errors, after which nothing has changed
-
-
-@pytest.mark.parametrize(
-    ("ids", "message"),
-    [
-        (["all", "nobody"], "no adapter named 'nobody' is served; the model serves: all, small, patterned, late"),
-        (["all"], r"adapter_ids is \['all'\]; expected a list of 2, a name or None for each prompt"),
-        ("all", "adapter_ids is 'all'; expected a list"),
-    ],
-)
-def test_wrong_names_are_errors_never_the_base(folders, ids, message):
-    model = serve(folders)
-    with pytest.raises(ValueError, match=message):
-        generate(model, [[1], [2]], 2, adapter_ids=ids)
-    assert generate(model, [[5]], 10, adapter_ids=["all"]) == alone(folders, "all", [[5]])
-
-
-@pytest.mark.parametrize(("prompts", "count"), [([[5]], 0), ([], 3)])
-def test_a_wrong_name_is_an_error_where_there_is_nothing_to_generate(folders, prompts, count):
-    model = serve(folders, ["all"])
-    for run in (generate, lambda *args, **options: engine.generate(*args, NgramDrafter(), **options)):
-        with pytest.raises(ValueError, match="'nobody' is served|expected a list of 0"):
-            run(model, prompts, count, adapter_ids=["nobody"])
-
-
-def test_a_name_is_text(folders):
-    model = make_model()
-    _unchanged(model, lambda: serving.load(model, None, folders["all"]), TypeError, "name is None; expected text")
-
-
-def test_a_model_that_serves_takes_no_attached_adapter(folders):
-    model = serve(folders, ["all", "small"])
-    for act in (
-        lambda: adapters.attach(model, LoraConfig(r=2)),
-        lambda: adapters.attach(model, adapters.PromptTuningConfig(num_virtual_tokens=2)),
-        lambda: adapters.load_adapter(model, folders["late"]),
-    ):
-        _unchanged(model, act, ValueError, r"the model serves adapters \(all, small\), and none can be attached")
-
-
-def test_a_model_that_serves_nothing_refuses_names(folders):
-    with pytest.raises(ValueError, match="the model serves no adapters; load them with posttrain.adapters.serving.load"):
-        generate(make_model(), [[1]], 2, adapter_ids=["all"])
-    for act in (lambda m: serving.replace(m, "all", folders["all"]), lambda m: serving.remove(m, "all")):
-        with pytest.raises(ValueError, match="the model serves no adapters; load one"):
-            act(make_model())
-
-
-def _unchanged(model, act, error, message) -> None:
-    before, names = generate(model, PROMPTS, 4), serving.names(model)
-    modules = {name: type(module) for name, module in model.named_modules()}
-    with pytest.raises(error, match=message):
-        act()
-    assert serving.names(model) == names and {name: type(module) for name, module in model.named_modules()} == modules
-    assert generate(model, PROMPTS, 4) == before
-
-
-@pytest.mark.parametrize("method", ("grow", "put"))
-@pytest.mark.parametrize("call", (1, 2, 5))
-@pytest.mark.parametrize("act", ("first", "another", "replace"))
-def test_memory_that_runs_out_changes_nothing(folders, monkeypatch, act, call, method):
-    """In whichever layer, while there is made room or written to it."""
-    model, whole, calls = serve(folders, [] if act == "first" else ["small", "late"]), getattr(MultiLoraLinear, method), []
-
-    def failing(self, *args):
-        calls.append(self)
-        if len(calls) == call:
-            raise torch.OutOfMemoryError("no memory is left")
-        return whole(self, *args)
-
-    def write():
-        with monkeypatch.context() as patch:
-            patch.setattr(MultiLoraLinear, method, failing)
-            (serving.replace if act == "replace" else serving.load)(model, "small" if act == "replace" else "new", folders["all"])
-
-    fingerprint = model.fingerprint
-    _unchanged(model, write, torch.OutOfMemoryError, "no memory is left")
-    if act == "first":
-        assert model.fingerprint is fingerprint
-        adapters.attach(model, LoraConfig(r=2))
-        return
-    for name in ("small", "late"):
-        assert generate(model, [[5]], 10, adapter_ids=[name]) == alone(folders, name, [[5]])
-    serving.load(model, "new", folders["all"])
-    for name, folder in (("small", "small"), ("late", "late"), ("new", "all")):
-        assert generate(model, [[5]], 10, adapter_ids=[name]) == alone(folders, folder, [[5]])
-
-
-def test_an_adapter_of_another_base_is_refused(folders):
-    torch.manual_seed(8)
-    other = random_model("smollm2")
-    _unchanged(
-        other, lambda: serving.load(other, "all", folders["all"]), PosttrainError, r"trained on the base sha256:\w+.*any_base"
-    )
-    serving.load(other, "all", folders["all"], any_base=True)
-    assert serving.names(other) == ["all"]
-
-
-def test_a_taken_name_and_attached_adapters_are_refused(folders):
-    model = serve(folders, ["all"])
-    _unchanged(model, lambda: serving.load(model, "all", folders["small"]), ValueError, "'all' is served already")
-    attached = make_model()
-    adapters.load_adapter(attached, folders["all"], "mine")
-    _unchanged(attached, lambda: serving.load(attached, "x", folders["all"]), ValueError, r"attached adapters \(mine\)")
-
-
-def test_adapters_that_cannot_be_stacked_are_refused(tmp_path, folders):
-    for config in (LoraConfig(r=2, use_dora=True), LoraConfig(r=2, lora_bias=True), adapters.IA3Config()):
-        model = make_model()
-        adapters.attach(model, config)
-        adapters.save_adapter(model, tmp_path / "one")
-        served = serve(folders, ["all"])
-        message = "only LoRA's factors are served side by side"
-        _unchanged(served, lambda m=served: serving.load(m, "one", tmp_path / "one"), PosttrainError, message)
-
-
-def test_broken_folders_are_refused(tmp_path, folders):
-    model = serve(folders, ["all"])
-    _unchanged(model, lambda: serving.load(model, "x", tmp_path / "none"), PosttrainError, "holds no adapter_config.json")
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    config = json.loads((folders["small"] / "adapter_config.json").read_text())
-    (broken / "adapter_config.json").write_text(json.dumps({**config, "r": 5}))
-    (broken / "adapter_model.safetensors").write_bytes((folders["small"] / "adapter_model.safetensors").read_bytes())
-    for act in (serving.load, serving.replace):
-        _unchanged(model, lambda act=act: act(model, "x" if act is serving.load else "all", broken), PosttrainError, "does not fit")
 
 
 @pytest.mark.parametrize("quantize", (None, "nf4"))
