@@ -128,6 +128,20 @@ def test_adapters_that_cannot_be_stacked_are_refused(tmp_path, folders):
         unchanged(served, lambda m=served: serving.load(m, "one", tmp_path / "one"), PosttrainError, message)
 
 
+def test_numbers_beyond_the_models_dtype_are_refused(tmp_path):
+    """float16 ends at 65504; in float32 the same adapter is served."""
+    model = make_model()
+    adapters.attach(model, LoraConfig(r=2, target_modules=["v_proj"]))
+    with torch.no_grad():
+        model.model.layers[1].self_attn.v_proj.lora_B["default"].fill_(-1e5)
+    adapters.save_adapter(model, tmp_path / "one")
+    half = make_model(dtype=torch.float16)
+    message = r"holds 100000 in base_model.model.*layers.1.self_attn.v_proj.lora_B.weight, .* torch.float16, which ends at 65504"
+    unchanged(half, lambda: serving.load(half, "one", tmp_path / "one", any_base=True), PosttrainError, message)
+    served = serve({"one": tmp_path / "one"}, ["one"])
+    assert served.model.layers[1].self_attn.v_proj.stack.lora_B[0].amin() == -1e5
+
+
 def test_broken_folders_are_refused(tmp_path, folders):
     model = serve(folders, ["all"])
     unchanged(model, lambda: serving.load(model, "x", tmp_path / "none"), PosttrainError, "holds no adapter_config.json")

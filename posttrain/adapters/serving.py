@@ -17,6 +17,7 @@ records is what it was quantized from.)
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import threading
 from collections import Counter
@@ -213,9 +214,15 @@ def names(model: nn.Module) -> list[str]:
     return [] if served is None else list(served.ids)
 
 
-def _read(served: Served, path: str | os.PathLike, any_base: bool) -> dict[str, tuple[Tensor, Tensor, float]]:
+def _dtype(model: nn.Module) -> torch.dtype:
+    """What the model computes in."""
+    embedding: Any = model.get_submodule("model.embed_tokens")
+    return embedding.weight.dtype
+
+
+def _read(served: Served, path: str | os.PathLike, any_base: bool, dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor, float]]:
     """{layer: (lora_A, lora_B, scaling)} of the adapter in a folder, checked against the base. PosttrainError where it is no plain
-    LoRA adapter, or none of this base."""
+    LoRA adapter, or none of this base, or where its numbers are beyond the dtype's."""
     content, tensors, trained_on = read_adapter(path)
     config, tensors = fitting(served.bare, path, config_from_peft(content, path), tensors, trained_on, any_base)
     ends = tuple(lora.KEYS[table] for table in ("lora_A", "lora_B"))
@@ -230,10 +237,16 @@ def _read(served: Served, path: str | os.PathLike, any_base: bool) -> dict[str, 
             "load_adapter and save_adapter make a plain one of it"
         )
     layers = {key.removeprefix(PREFIX).removesuffix(f".{ends[0]}") for key in tensors if key.endswith(ends[0])}
-    return {
-        layer: (tensors[f"{PREFIX}{layer}.{ends[0]}"], tensors[f"{PREFIX}{layer}.{ends[1]}"], config.scaling(layer))
-        for layer in sorted(layers)
-    }
+    keys = {layer: [f"{PREFIX}{layer}.{end}" for end in ends] for layer in sorted(layers)}
+    for key in itertools.chain(*keys.values()):
+        largest = tensors[key].abs().max()
+        tensors[key] = tensors[key].to(dtype)
+        if tensors[key].isinf().any():
+            raise PosttrainError(
+                f"the adapter in {path} holds {largest:g} in {key}, and the model computes in {dtype}, which ends at "
+                f"{torch.finfo(dtype).max:g}; load the model in bfloat16 or float32"
+            )
+    return {layer: (tensors[A], tensors[B], config.scaling(layer)) for layer, (A, B) in keys.items()}
 
 
 @torch.inference_mode(False)
@@ -244,11 +257,10 @@ def _write(model: nn.Module, served: Served, i: int, factors: Mapping[str, tuple
     All memory is taken before anything is written, and new layers are placed last: whatever fails, what is read has not changed.
     """
     n = served.capacity if i < served.capacity else room
-    embedding: Any = model.get_submodule("model.embed_tokens")
     layers = {}
     for name in sorted(factors.keys() | served.layers.keys()):
         base: Any = model.get_submodule(name)  # a linear layer: _read takes nothing else
-        layer = served.layers.get(name) or MultiLoraLinear(base, served.batch, embedding.weight.dtype).train(base.training)
+        layer = served.layers.get(name) or MultiLoraLinear(base, served.batch, _dtype(model)).train(base.training)
         layer.grow(n, factors[name][0].shape[0] if name in factors else 0)
         layers[name] = layer
     served.capacity = n
@@ -279,7 +291,8 @@ def load(model: nn.Module, name: str, path: str | os.PathLike, *, any_base: bool
     """Serve the LoRA adapter in the folder `path` (saved here or by PEFT) under `name`, beside those that are served already.
 
     ValueError for a name in use or a model with attached adapters; PosttrainError where the folder holds no LoRA adapter of this
-    model, or one trained on another base (any_base=True takes it all the same). The model is unchanged then.
+    model, one trained on another base (any_base=True takes it all the same), or numbers beyond what the model computes in.
+    The model is unchanged then.
     """
     if not isinstance(name, str):
         raise TypeError(f"an adapter's name is {name!r}; expected text")
@@ -289,7 +302,7 @@ def load(model: nn.Module, name: str, path: str | os.PathLike, *, any_base: bool
         if name in names(model):
             raise ValueError(f"an adapter named {name!r} is served already; give another name, or replace it")
         served = model.__dict__.get("served_adapters") or Served(model)
-        factors = _read(served, path, any_base)
+        factors = _read(served, path, any_base, _dtype(model))
         i = served.free_id()
         try:
             _write(model, served, i, factors, max(2 * served.capacity, 1))
@@ -310,7 +323,7 @@ def replace(model: nn.Module, name: str, path: str | os.PathLike, *, any_base: b
     with layers_change:
         served = _served(model)
         served.id_of(name)
-        factors = _read(served, path, any_base)
+        factors = _read(served, path, any_base, _dtype(model))
         i = served.free_id()
         _write(model, served, i, factors, i + 1)
         served.ids[name] = i
