@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import threading
 
 import pytest
@@ -152,6 +154,26 @@ def test_what_on_token_computes_is_no_part_of_the_batch(folders, run):
     outputs = run(model, prompts, 10, on_token=on_token, adapter_ids=names)
     assert outputs == [alone(folders, name, [prompt])[0] for name, prompt in zip(names, prompts, strict=True)]
     assert seen and all(seen)
+
+
+@pytest.mark.parametrize("copied", (copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))))
+def test_a_copy_of_the_model_serves_by_itself(folders, copied):
+    """Made in the middle of a generation, too: the copy has none under way."""
+    model, copies = serve(folders), []
+    expected = alone(folders, "all", [[5]])
+
+    @torch.inference_mode(False)  # whose tensors could not be written to
+    def copy_it(row, token):
+        copies.append(copied(model))
+
+    generate(model, [[5]], 1, on_token=copy_it, adapter_ids=["all"])
+    twin = copies[0]
+    serving.replace(model, "all", folders["newer"])
+    assert generate(twin, [[5]], 10, adapter_ids=["all"]) == expected
+    serving.remove(twin, "all")
+    serving.load(twin, "all", folders["small"])
+    assert generate(twin, [[5]], 10, adapter_ids=["all"]) == alone(folders, "small", [[5]])
+    assert generate(model, [[5]], 10, adapter_ids=["all"]) == alone(folders, "newer", [[5]])
 
 
 def test_two_threads_do_not_mix_their_requests(folders):

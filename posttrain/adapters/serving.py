@@ -49,6 +49,10 @@ class Batch(threading.local):
     def __init__(self):
         self._sorted: dict[tuple[int, int], AdapterSegments] = {}
 
+    def __reduce__(self):
+        """A copy of a model computes no batch yet."""
+        return Batch, ()
+
     def set(self, ids: Tensor | None) -> None:
         self.ids, self._sorted = ids, {}
 
@@ -174,6 +178,10 @@ class Served:
         self.layers: dict[str, MultiLoraLinear] = {}
         self.in_use: Counter[tuple[str, int]] = Counter()
         self.capacity = 0
+
+    def __getstate__(self):
+        """A copy has no requests under way."""
+        return {**self.__dict__, "in_use": Counter()}
 
     def free_id(self) -> int:
         taken = {*self.ids.values(), *(i for _, i in self.in_use)}
