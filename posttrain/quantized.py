@@ -100,12 +100,12 @@ def in_dtype_of(x: Tensor, other: Tensor | None) -> Tensor | None:
 
 
 def quantizable_linears(model: nn.Module, skip: Iterable[str] = ("lm_head",)) -> Iterator[tuple[str, nn.Linear]]:
-    """(name, module) of every nn.Linear but those whose name's last part is in `skip`: the head stays dense, as in
-    QLoRA.
+    """(name, module) of every nn.Linear but those whose name's last part is in `skip`, under an adapter or not: the head stays
+    dense, as in QLoRA.
     """
     skip = tuple(skip)
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and name.rpartition(".")[2] not in skip:
+        if isinstance(module, nn.Linear) and name.removesuffix(".base_layer").rpartition(".")[2] not in skip:
             yield name, module
 
 

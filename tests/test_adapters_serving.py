@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import threading
+import weakref
 
 import pytest
 import torch
@@ -154,6 +156,19 @@ def test_what_on_token_computes_is_no_part_of_the_batch(folders, run):
     outputs = run(model, prompts, 10, on_token=on_token, adapter_ids=names)
     assert outputs == [alone(folders, name, [prompt])[0] for name, prompt in zip(names, prompts, strict=True)]
     assert seen and all(seen)
+
+
+def test_a_model_that_serves_can_be_quantized(folders):
+    """Nothing keeps the dense weights then; what is served stays and more is loaded."""
+    model, expected = serve(folders, ["small"]), alone(folders, "small", [[5]], quantized=True)
+    layers = model.model.layers[0]
+    dense = [weakref.ref(layer.weight) for layer in (layers.mlp.up_proj, layers.self_attn.q_proj.base_layer)]
+    quantize_model(model)
+    gc.collect()
+    assert [weight() for weight in dense] == [None, None]
+    assert generate(model, [[5]], 10, adapter_ids=["small"]) == expected
+    serving.load(model, "all", folders["all"])
+    assert generate(model, [[5]], 10, adapter_ids=["all"]) == alone(folders, "all", [[5]], quantized=True)
 
 
 @pytest.mark.parametrize("copied", (copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))))

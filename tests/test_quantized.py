@@ -139,3 +139,8 @@ def test_bits_per_parameter_counts_what_is_stored():
     blocks = 4096 * 512 // 64
     by_hand = 4 + 8 * blocks / (4096 * 512) + 32 * (blocks / 256 + 1) / (4096 * 512)
     assert bits_per_parameter(model) == by_hand
+
+
+def test_a_skipped_layer_is_skipped_under_an_adapter_too():
+    model = nn.ModuleDict({name: nn.ModuleDict({"base_layer": nn.Linear(64, 32)}) for name in ("lm_head", "q_proj")})
+    assert quantize_model(model) == ["q_proj.base_layer"]

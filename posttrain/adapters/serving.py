@@ -150,14 +150,19 @@ def _packed(weight: Any) -> tuple[tuple, tuple]:
 
 
 class _Bare(nn.Module):
-    """The model's modules as they were before any was replaced: what an adapter's configuration is matched against."""
+    """The model's modules as they would be without adapters: what an adapter's configuration is matched against. Made anew for
+    each, since layers may be exchanged between, when the model is quantized."""
 
     _found: dict[str, nn.Module]
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.config, self.fingerprint = model.config, base_fingerprint(model)
-        self.__dict__["_found"] = dict(model.named_modules())
+        found = self.__dict__["_found"] = dict(model.named_modules())
+        for name, module in model.named_modules():
+            if isinstance(module, MultiLoraLinear):
+                found[name] = module.base_layer
+                found.pop(f"{name}.base_layer", None)
 
     def named_modules(self, *args, **kwargs):
         return iter(self._found.items())
@@ -172,8 +177,8 @@ class Served:
     An id is free once no name and no request has it. `layers_change` is held while any of this is read and changed.
     """
 
-    def __init__(self, model: nn.Module):
-        self.bare, self.batch = _Bare(model), Batch()
+    def __init__(self):
+        self.batch = Batch()
         self.ids: dict[str, int] = {}
         self.layers: dict[str, MultiLoraLinear] = {}
         self.in_use: Counter[tuple[str, int]] = Counter()
@@ -228,11 +233,11 @@ def _dtype(model: nn.Module) -> torch.dtype:
     return embedding.weight.dtype
 
 
-def _read(served: Served, path: str | os.PathLike, any_base: bool, dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor, float]]:
+def _read(bare: _Bare, path: str | os.PathLike, any_base: bool, dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor, float]]:
     """{layer: (lora_A, lora_B, scaling)} of the adapter in a folder, checked against the base. PosttrainError where it is no plain
     LoRA adapter, or none of this base, or where its numbers are beyond the dtype's."""
     content, tensors, trained_on = read_adapter(path)
-    config, tensors = fitting(served.bare, path, config_from_peft(content, path), tensors, trained_on, any_base)
+    config, tensors = fitting(bare, path, config_from_peft(content, path), tensors, trained_on, any_base)
     ends = tuple(lora.KEYS[table] for table in ("lora_A", "lora_B"))
     if not isinstance(config, LoraConfig) or (other := [key for key in tensors if not key.endswith(ends)]):
         kind = type(config).__name__ if not isinstance(config, LoraConfig) else f"one with {other[0]}"
@@ -309,8 +314,8 @@ def load(model: nn.Module, name: str, path: str | os.PathLike, *, any_base: bool
     with layers_change:
         if name in names(model):
             raise ValueError(f"an adapter named {name!r} is served already; give another name, or replace it")
-        served = model.__dict__.get("served_adapters") or Served(model)
-        factors = _read(served, path, any_base, _dtype(model))
+        served, bare = model.__dict__.get("served_adapters") or Served(), _Bare(model)
+        factors = _read(bare, path, any_base, _dtype(model))
         i = served.free_id()
         try:
             _write(model, served, i, factors, max(2 * served.capacity, 1))
@@ -319,7 +324,7 @@ def load(model: nn.Module, name: str, path: str | os.PathLike, *, any_base: bool
                 _give_back(model, served)
             raise
         if "served_adapters" not in model.__dict__:
-            object.__setattr__(model, "fingerprint", served.bare.fingerprint)  # of the bare base: names of tensors have changed now
+            object.__setattr__(model, "fingerprint", bare.fingerprint)  # of the bare base: names of tensors have changed now
             model.__dict__["served_adapters"] = served
         served.ids[name] = i
 
@@ -331,7 +336,7 @@ def replace(model: nn.Module, name: str, path: str | os.PathLike, *, any_base: b
     with layers_change:
         served = _served(model)
         served.id_of(name)
-        factors = _read(served, path, any_base, _dtype(model))
+        factors = _read(_Bare(model), path, any_base, _dtype(model))
         i = served.free_id()
         _write(model, served, i, factors, i + 1)
         served.ids[name] = i
