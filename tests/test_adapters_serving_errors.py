@@ -119,12 +119,16 @@ def test_a_taken_name_and_attached_adapters_are_refused(folders):
 
 
 def test_adapters_that_cannot_be_stacked_are_refused(tmp_path, folders):
-    for config in (LoraConfig(r=2, use_dora=True), LoraConfig(r=2, lora_bias=True), adapters.IA3Config()):
+    one_with, ia3, bottleneck = "one with base_model.*", adapters.IA3Config(), adapters.BottleneckConfig()
+    for config, what in (
+        (LoraConfig(r=2, use_dora=True), one_with), (LoraConfig(r=2, lora_bias=True), one_with), (ia3, "IA3Config"),
+        (bottleneck, "BottleneckConfig"),
+    ):  # fmt: skip
         model = make_model()
         adapters.attach(model, config)
         adapters.save_adapter(model, tmp_path / "one")
         served = serve(folders, ["all"])
-        message = "only LoRA's factors are served side by side"
+        message = f"is {what}, and only LoRA's factors are served side by side"
         unchanged(served, lambda m=served: serving.load(m, "one", tmp_path / "one"), PosttrainError, message)
 
 

@@ -237,12 +237,15 @@ def _read(bare: _Bare, path: str | os.PathLike, any_base: bool, dtype: torch.dty
     """{layer: (lora_A, lora_B, scaling)} of the adapter in a folder, checked against the base. PosttrainError where it is no plain
     LoRA adapter, or none of this base, or where its numbers are beyond the dtype's."""
     content, tensors, trained_on = read_adapter(path)
-    config, tensors = fitting(bare, path, config_from_peft(content, path), tensors, trained_on, any_base)
+    config = config_from_peft(content, path)
+    other = None if isinstance(config, LoraConfig) else type(config).__name__  # said first: it may not fit a bare model either
     ends = tuple(lora.KEYS[table] for table in ("lora_A", "lora_B"))
-    if not isinstance(config, LoraConfig) or (other := [key for key in tensors if not key.endswith(ends)]):
-        kind = type(config).__name__ if not isinstance(config, LoraConfig) else f"one with {other[0]}"
+    if other is None:
+        config, tensors = fitting(bare, path, config, tensors, trained_on, any_base)
+        other = next((f"one with {key}" for key in tensors if not key.endswith(ends)), None)
+    if other is not None:
         raise PosttrainError(
-            f"the adapter in {path} is {kind}, and only LoRA's factors are served side by side; attach it alone with load_adapter"
+            f"the adapter in {path} is {other}, and only LoRA's factors are served side by side; attach it alone with load_adapter"
         )
     if config.takes_weight:
         raise PosttrainError(
