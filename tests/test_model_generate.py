@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,6 +11,10 @@ from model_cases import random_model
 
 from posttrain.model import generate
 from posttrain.quantized import quantize_model
+from posttrain.speculative import engine
+from posttrain.speculative.ngram import NgramDrafter
+
+RUNS = (generate, lambda *args, **options: engine.generate(*args, drafter=NgramDrafter(), **options)[0])
 
 
 @torch.no_grad()
@@ -121,6 +126,38 @@ def test_the_context_can_be_filled_and_not_passed():
 def test_wrong_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         generate(random_model("smollm2"), **{"prompts": [[1]], "max_new_tokens": 2, **arguments})
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_ids_come_as_lists_tensors_or_arrays(run):
+    model, prompts = random_model("smollm2"), [[1, 2, 3], [4, 5, 6]]
+    free = generate(model, prompts, 6)
+    expected = [tokens[: tokens.index(free[0][2])] if free[0][2] in tokens else tokens for tokens in free]
+    for give in (torch.tensor, np.array, lambda ids: [*map(np.int64, ids)], set):
+        assert run(model, prompts, 6, stop_ids=give([free[0][2]])) == expected
+    for same in (torch.tensor(prompts), np.array(prompts), [*map(torch.tensor, prompts)], [*map(tuple, prompts)]):
+        assert run(model, same, 6) == free
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompts": "text"}, "prompt 0 is 't'; expected a list of token ids"),
+        ({"prompts": [[1], "text"]}, "prompt 1 is 'text'; expected a list of token ids"),
+        ({"prompts": [1, 2]}, "prompt 0 is 1; expected a list of token ids"),
+        ({"prompts": torch.tensor([1, 2])}, r"prompt 0 is tensor\(1\); expected a list"),
+        ({"prompts": [[1.0, 2.7]]}, r"prompt 0 is \[1.0, 2.7\]; expected"),
+        ({"stop_ids": "</s>"}, "stop_ids is '</s>'; expected a list of token ids"),
+        ({"stop_ids": 2}, "stop_ids is 2; expected"),
+        ({"stop_ids": [None]}, r"stop_ids is \[None\]; expected"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens is 2.5; expected a whole number"),
+        ({"max_new_tokens": "2"}, "max_new_tokens is '2'; expected a whole number"),
+    ],
+)
+def test_what_holds_no_ids_is_named(run, arguments, message):
+    with pytest.raises(TypeError, match=message):
+        run(random_model("smollm2"), **{"prompts": [[1]], "max_new_tokens": 2, **arguments})
 
 
 def test_nothing_to_do():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import nullcontext
+from typing import Any, SupportsIndex
 
 import torch
 
@@ -29,19 +31,21 @@ def generate(
 ) -> list[list[int]]:
     """The new tokens of each prompt, in order, without the stop token that ended it.
 
-    prompts: token ids; of unequal length they are padded on the left and run together. One that is given several times goes
-    through the layers once, and is continued as often. on_token(row, token) is called
-    for every token as it is chosen, stop tokens excepted. seed fixes the draws (of the whole batch); None draws from
+    prompts: token ids, tensors and arrays of them too, as stop_ids; of unequal length they are padded on the left and run
+    together. One that is given several times goes through the layers once, and is continued as often. on_token(row, token) is
+    called for every token as it is chosen, stop tokens excepted. seed fixes the draws (of the whole batch); None draws from
     torch's own generator.
 
     adapter_ids: for each prompt the name of a served adapter (posttrain/adapters/serving.py), or None for the base
     alone; without them all prompts go through the base and the adapter that is attached, if any.
 
     Raises ValueError for an empty prompt, an id outside the vocabulary, or a prompt that with max_new_tokens exceeds
-    the context, or a name that no served adapter has, or a seed of more than 64 bits.
+    the context, or a name that no served adapter has, or a seed of more than 64 bits; TypeError for ids or a max_new_tokens
+    that are no whole numbers.
     """
     check_sampling(temperature, top_k, top_p)
     check_seed(seed)
+    prompts, stop = given_ids(prompts, stop_ids)
     check_prompts(model, prompts, max_new_tokens)
     outputs: list[list[int]] = [[] for _ in prompts]
     weight = model.model.embed_tokens.weight
@@ -54,7 +58,6 @@ def generate(
     cache = KVCache(model.config, len(read), longest + max_new_tokens - 1, weight.dtype, weight.device)
     input_ids, attention_mask = left_pad(read, longest, weight.device)
     generator = None if seed is None else torch.Generator(weight.device).manual_seed(seed)
-    stop = frozenset(stop_ids)
     rows = list(range(len(prompts)))  # the prompt that each row of the batch continues
     running = [True] * len(rows)
     adapters = request_adapters(model, adapter_ids, len(prompts), weight.device)
@@ -115,6 +118,18 @@ def outside_requests(on_token: Callable[[int, int], None] | None, batch) -> Call
     return call
 
 
+def given_ids(prompts: Iterable[Iterable[int]], stop_ids: Iterable[int]) -> tuple[list[list[int]], frozenset[int]]:
+    """Prompts and stop ids as Python's numbers. TypeError naming what holds something else: a text, a list too few, fractions."""
+    return [_ids(prompt, f"prompt {i}") for i, prompt in enumerate(prompts)], frozenset(_ids(stop_ids, "stop_ids"))
+
+
+def _ids(given: Any, what: str) -> list[int]:
+    try:
+        return [operator.index(i) for i in (given.tolist() if hasattr(given, "tolist") else given)]
+    except TypeError:
+        raise TypeError(f"{what} is {given!r}; expected a list of token ids, as a tokenizer's encode gives them") from None
+
+
 def check_seed(seed: int | None) -> None:
     """ValueError for one that torch's generators do not hold."""
     if seed is not None and not -(2**63) <= seed < 2**64:
@@ -122,7 +137,10 @@ def check_seed(seed: int | None) -> None:
 
 
 def check_prompts(model: CausalLM, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    """ValueError unless the prompts are the model's tokens, at least one each, and fit its context with what is to come."""
+    """ValueError unless the prompts are the model's tokens, at least one each, and fit its context with what is to come; TypeError
+    for a max_new_tokens that is no whole number."""
+    if not isinstance(max_new_tokens, SupportsIndex):
+        raise TypeError(f"max_new_tokens is {max_new_tokens!r}; expected a whole number")
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; expected 0 or more")
     context = model.context_length

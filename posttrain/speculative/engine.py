@@ -20,7 +20,7 @@ from posttrain.kernels import tree_attention, verify_draft_tokens, verify_draft_
 from posttrain.model.decoder import CausalLM
 from posttrain.model.eval_mode import eval_mode
 from posttrain.model.fused import fused_projections
-from posttrain.model.generate import check_prompts, check_seed, left_pad, outside_requests, request_adapters
+from posttrain.model.generate import check_prompts, check_seed, given_ids, left_pad, outside_requests, request_adapters
 from posttrain.model.kv_cache import KVCache
 from posttrain.model.sampling import check_sampling
 
@@ -67,6 +67,7 @@ def generate(
     Raises ValueError as posttrain.model.generate does, for a draft_length below 1, or where a row of logits has no finite one.
     """
     check_sampling(temperature, top_k, top_p)
+    prompts, stop = given_ids(prompts, stop_ids)
     check_prompts(model, prompts, max_new_tokens)
     adaptive = adaptive and (seed is None or temperature == 0)
     if draft_length is None:
@@ -93,7 +94,7 @@ def generate(
             decider,
             outputs,
             max_new_tokens,
-            frozenset(stop_ids),
+            stop,
             outside_requests(on_token, batch),
             batch,
             typical,
