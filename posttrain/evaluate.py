@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from posttrain.model.decoder import CausalLM
+from posttrain.model.eval_mode import eval_mode
 from posttrain.model.generate import check_ids, generate
 from posttrain.model.kv_cache import KVCache
 from posttrain.model.stop_ids import stop_ids
@@ -90,14 +91,9 @@ class Perplexity:
 
 @contextlib.contextmanager
 def _evaluating(model: CausalLM) -> Iterator[None]:
-    """Dropout off and no autograd; the training flag is put back afterwards."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        model.train(was_training)
+    """Dropout off and no autograd."""
+    with eval_mode(model), torch.inference_mode():
+        yield
 
 
 def choice_accuracy(

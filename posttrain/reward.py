@@ -24,6 +24,7 @@ from .completion_batch import CompletionBatch, Sequences, collate_completions
 from .data import IGNORE_INDEX
 from .errors import PosttrainError
 from .model.decoder import CausalLM
+from .model.eval_mode import eval_mode
 from .model.generate import check_ids
 from .preference.data import Pair, digest
 from .statistics import format_p, mcnemar, wilson_interval
@@ -69,17 +70,15 @@ def score(
 ) -> Tensor:
     """Float32 (N,) on the CPU: the rewards of (prompt, completion) in token ids, by the adapter that acts."""
     check_ids(model, ([*prompt, *completion] for prompt, completion in sequences), "sequence")
-    was_training = model.training
-    model.eval()
-    device = next(model.parameters()).device
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i][0]) + len(sequences[i][1]))
-    rewards = torch.empty(len(sequences))
-    for start in range(0, len(order), batch_size):
-        part = order[start : start + batch_size]
-        rewards[part] = scores(model, collate_completions([sequences[i] for i in part]).to(device)).cpu()
-        if progress:
-            progress(start + len(part), len(order))
-    model.train(was_training)
+    with eval_mode(model):
+        device = next(model.parameters()).device
+        order = sorted(range(len(sequences)), key=lambda i: len(sequences[i][0]) + len(sequences[i][1]))
+        rewards = torch.empty(len(sequences))
+        for start in range(0, len(order), batch_size):
+            part = order[start : start + batch_size]
+            rewards[part] = scores(model, collate_completions([sequences[i] for i in part]).to(device)).cpu()
+            if progress:
+                progress(start + len(part), len(order))
     return rewards
 
 

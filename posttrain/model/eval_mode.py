@@ -1,4 +1,4 @@
-"""A model in eval mode for as long as something generates with it, then every module as it was."""
+"""A model in eval mode for as long as something generates with it or measures it, then every module as it was."""
 
 from __future__ import annotations
 

@@ -22,6 +22,7 @@ from posttrain.atomic import atomic_write
 from posttrain.completion_batch import CompletionBatch
 from posttrain.errors import PosttrainError
 from posttrain.model.decoder import CausalLM
+from posttrain.model.eval_mode import eval_mode
 from posttrain.model.safetensors_file import SafetensorsReader, write_safetensors
 from posttrain.quantized import QuantizedLinear
 from posttrain.token_logprobs import completion_logprobs
@@ -35,14 +36,8 @@ Progress = Callable[[int, int], None]  # called with (items done, items in all)
 def reference_of(model: CausalLM, ref_model: CausalLM | None) -> Iterator[CausalLM]:
     """The reference within the block: the second model, or the policy with its adapter off. No autograd, no dropout."""
     reference = ref_model or model
-    modes = [(module, module.training) for module in reference.modules()]
-    with torch.no_grad(), contextlib.nullcontext() if ref_model is not None else disabled(model):
-        reference.eval()
-        try:
-            yield reference
-        finally:
-            for module, training in modes:
-                module.training = training
+    with torch.no_grad(), contextlib.nullcontext() if ref_model is not None else disabled(model), eval_mode(reference):
+        yield reference
 
 
 def reference_logprobs(model: CausalLM, batch: CompletionBatch, ref_model: CausalLM | None) -> Tensor:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from posttrain.model.decoder import CausalLM
+from posttrain.model.eval_mode import eval_mode
 from posttrain.statistics import compare, format_p, mcnemar, paired_bootstrap
 
 from .loop import Sampling, check_prompts, collect, measured
@@ -60,23 +61,21 @@ def held_out(
     """Measure the policy (the adapter that acts) against the base on prompts. PosttrainError as `optimize`."""
     check_prompts(model, prompts, sampling)
     stop_id, device = sampling.stop_id(tokenizer), next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    before: list[float] = []
-    after: list[float] = []
-    ratios: list[float] = []
-    for start in range(0, len(prompts), batch_size):
-        items = range(start, min(start + batch_size, len(prompts)))
-        draws = [
-            collect(model, tokenizer, prompts, items, reward, sampling, stop_id, SEED + start, by_base=base)
-            for base in (True, False)
-        ]
-        for rewards, rollouts in zip((before, after), draws, strict=True):
-            rewards += rollouts.by_completion["rewards"].tolist()
-        drawn = measured(model, draws[1], sampling.temperature, batch_size, None, True, device)
-        log_ratios = (drawn.by_token["logps"] - drawn.by_token["ref_logps"]).split(drawn.lengths.tolist())
-        ratios += [part.sum().item() for part in log_ratios]
-        if progress:
-            progress(items[-1] + 1, len(prompts))
-    model.train(was_training)
+    with eval_mode(model):
+        before: list[float] = []
+        after: list[float] = []
+        ratios: list[float] = []
+        for start in range(0, len(prompts), batch_size):
+            items = range(start, min(start + batch_size, len(prompts)))
+            draws = [
+                collect(model, tokenizer, prompts, items, reward, sampling, stop_id, SEED + start, by_base=base)
+                for base in (True, False)
+            ]
+            for rewards, rollouts in zip((before, after), draws, strict=True):
+                rewards += rollouts.by_completion["rewards"].tolist()
+            drawn = measured(model, draws[1], sampling.temperature, batch_size, None, True, device)
+            log_ratios = (drawn.by_token["logps"] - drawn.by_token["ref_logps"]).split(drawn.lengths.tolist())
+            ratios += [part.sum().item() for part in log_ratios]
+            if progress:
+                progress(items[-1] + 1, len(prompts))
     return HeldOut(before, after, ratios)

@@ -27,6 +27,7 @@ from posttrain.adapters import LoraConfig, active_adapter, adapter_configs, base
 from posttrain.checkpoint import checkpoints, keep_last, save_checkpoint, trainable
 from posttrain.errors import PosttrainError
 from posttrain.model.decoder import CausalLM
+from posttrain.model.eval_mode import eval_mode
 from posttrain.model.generate import check_ids
 from posttrain.plots import line_chart, running_mean
 from posttrain.progress import Metrics, ProgressLine, peak_memory, read_metrics
@@ -283,19 +284,17 @@ def measured(
 ) -> Rollouts:
     """With ref_logps by token and, where `own`, the policy's logps, entropy and values as they are before it learns."""
     found: dict[str, list[Tensor]] = defaultdict(list)
-    was_training = model.training
-    model.eval()
-    for start in range(0, len(rollouts.sequences), batch_size):
-        batch = rollouts.part(range(start, min(start + batch_size, len(rollouts.sequences)))).completions.to(device)
-        with disabled(model):
-            found["ref_logps"].append(policy(model, batch, temperature)[0])
-        if own:
-            logps, entropy, values = policy(model, batch, temperature, head)
-            found["logps"].append(logps)
-            found["entropy"].append(entropy)
-            if values is not None:
-                found["values"].append(values)
-    model.train(was_training)
+    with eval_mode(model):
+        for start in range(0, len(rollouts.sequences), batch_size):
+            batch = rollouts.part(range(start, min(start + batch_size, len(rollouts.sequences)))).completions.to(device)
+            with disabled(model):
+                found["ref_logps"].append(policy(model, batch, temperature)[0])
+            if own:
+                logps, entropy, values = policy(model, batch, temperature, head)
+                found["logps"].append(logps)
+                found["entropy"].append(entropy)
+                if values is not None:
+                    found["values"].append(values)
     return replace(rollouts, by_token={name: torch.cat(parts).cpu() for name, parts in found.items()})
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from posttrain.data import IGNORE_INDEX, Example
 from posttrain.model.decoder import CausalLM
+from posttrain.model.eval_mode import eval_mode
 from posttrain.packing import collate as collate_rows
 
 # oneDNN keeps about half a MiB for each shape that it has ever multiplied: batches of every width would grow into gigabytes.
@@ -88,23 +89,21 @@ def compute_items(
         model.model.layers[layer].register_forward_pre_hook(lambda module, inputs, layer=layer: taken.__setitem__(layer, inputs[0]))
         for layer in layers or ()
     ]
-    was_training = model.training
-    model.eval()
     device = model.model.embed_tokens.weight.device
     try:
-        order = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids))
-        for start in range(0, len(order), batch_size):
-            ours = order[start : start + batch_size]
-            hidden = model.hidden(_padded(collate_rows([[examples[i]] for i in ours]).input_ids).to(device))
-            features = torch.cat([taken[layer] for layer in layers], -1) if layers else hidden
-            for row, i in enumerate(ours):
-                length = len(examples[i].input_ids)
-                own = hidden[row, :length].clone()
-                items[i] = Item(examples[i], own, features[row, :length].clone() if layers else own)
+        with eval_mode(model):
+            order = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids))
+            for start in range(0, len(order), batch_size):
+                ours = order[start : start + batch_size]
+                hidden = model.hidden(_padded(collate_rows([[examples[i]] for i in ours]).input_ids).to(device))
+                features = torch.cat([taken[layer] for layer in layers], -1) if layers else hidden
+                for row, i in enumerate(ours):
+                    length = len(examples[i].input_ids)
+                    own = hidden[row, :length].clone()
+                    items[i] = Item(examples[i], own, features[row, :length].clone() if layers else own)
     finally:
         for hook in hooks:
             hook.remove()
-        model.train(was_training)
     return [items[i] for i in range(len(examples))]
 
 
