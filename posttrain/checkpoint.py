@@ -5,7 +5,8 @@
                                     checkpoint; trainable.safetensors where something trains that an adapter's file
                                     does not hold
         optimizer.safetensors       the optimizer's tensors, as <parameter>.<entry>
-        trainer_state.json          the step, what the run was started with, the random states
+        trainer_state.json          the step, what the run was started with, the random states, and `untouched`: what trains
+                                    and no step has given a gradient yet, of which the optimizer keeps nothing
 
 A checkpoint is written beside its place and moved there whole, and an older one is deleted only after that: a kill or a
 full disk at any moment leaves the last good one.
@@ -33,6 +34,7 @@ from .errors import PosttrainError
 from .model.safetensors_file import SafetensorsReader, write_safetensors
 
 OPTIMIZER, STATE = "optimizer.safetensors", "trainer_state.json"
+MOMENTS = ("exp_avg", "exp_avg_sq")  # beside the step, what AdamW keeps of a parameter
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -82,20 +84,21 @@ def _bytes(text: str) -> Tensor:
     return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
 
 
-def save_checkpoint(folder: str | os.PathLike, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Path:
+def save_checkpoint(folder: str | os.PathLike, model: nn.Module, optimizer: torch.optim.AdamW, state: dict[str, Any]) -> Path:
     """Write checkpoint-<state["step"]> in `folder` with the random states as they are now. Returns its path."""
     path = Path(folder) / f"checkpoint-{state['step']}"
     names: dict[Tensor, str] = {parameter: name for name, parameter in trainable(model).items()}
     tensors = {
         f"{names[parameter]}.{entry}": value for parameter, entries in optimizer.state.items() for entry, value in entries.items()
     }
+    untouched = [name for parameter, name in names.items() if not optimizer.state.get(parameter)]
     with atomic_dir(path) as temporary:
         if (weights := weights_file(model)) == WEIGHTS_FILE:
             save_adapter(model, temporary)
         else:
             write_safetensors(temporary / weights, trainable(model).items())
         write_safetensors(temporary / OPTIMIZER, tensors.items())
-        content = json.dumps({**state, "random_states": random_states()}, allow_nan=False)
+        content = json.dumps({**state, "untouched": untouched, "random_states": random_states()}, allow_nan=False)
         (temporary / STATE).write_text(content, encoding="utf-8")
     return path
 
@@ -133,7 +136,24 @@ def _read(path: Path) -> dict[str, Tensor]:
         return {name: file.read(name) for name in file.entries}
 
 
-def load_checkpoint(path: str | os.PathLike, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def _check_moments(file: Path, moments: dict[str, Tensor], parameters: dict[str, nn.Parameter]) -> None:
+    """PosttrainError unless `moments` are what AdamW keeps of `parameters`: it reads them by the parameters' shapes, unasked."""
+    expected = {f"{name}.{entry}": (tuple(p.shape), p.dtype) for name, p in parameters.items() for entry in MOMENTS}
+    expected |= {f"{name}.step": ((), torch.float32) for name in parameters}
+    found = {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in moments.items()}
+
+    def words(kind: tuple[tuple[int, ...], torch.dtype] | None) -> str:
+        return "none" if kind is None else f"{list(kind[0])} {kind[1]}"
+
+    if different := sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key)):
+        key = different[0]
+        raise PosttrainError(
+            f"{file} is of another model, or damaged: {len(different)} tensors are not those expected, {key} first "
+            f"(it holds {words(found.get(key))}; expected {words(expected.get(key))}); resume from another checkpoint"
+        )
+
+
+def load_checkpoint(path: str | os.PathLike, model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Any]:
     """Put weights, optimizer and random states back as `save_checkpoint` found them; returns its `state`.
 
     PosttrainError, with everything as it was, where a file is damaged or its tensors are not those of this model.
@@ -154,19 +174,17 @@ def load_checkpoint(path: str | os.PathLike, model: nn.Module, optimizer: torch.
             f"{path} holds other parameters than this model trains ({len(different)} differ, {different[0]} first); "
             "resume with the model and adapter settings that the run was started with"
         )
-    entries: dict[str, dict[str, Tensor]] = {name: {} for name in parameters}
-    for key, value in moments.items():
-        name, _, entry = key.rpartition(".")
-        if name not in entries:
-            raise PosttrainError(f"{path / OPTIMIZER} is of another model: it holds {key}; resume from another checkpoint")
-        entries[name][entry] = value
+    touched = {name: p for name, p in parameters.items() if name not in state.get("untouched", [])}
+    _check_moments(path / OPTIMIZER, moments, touched)
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])
     order = [p for group in optimizer.param_groups for p in group["params"]]
     index = {id(p): i for i, p in enumerate(order)}
     packed = optimizer.state_dict()
-    packed["state"] = {index[id(parameters[name])]: values for name, values in entries.items() if values}
+    packed["state"] = {
+        index[id(p)]: {entry: moments[f"{name}.{entry}"] for entry in ("step", *MOMENTS)} for name, p in touched.items()
+    }
     optimizer.load_state_dict(packed)
     set_random_states(state["random_states"])
     return state

@@ -15,6 +15,7 @@ from posttrain import checkpoint
 from posttrain.adapters import LoraConfig, attach, load_adapter
 from posttrain.checkpoint import checkpoints, keep_last, load_checkpoint, read_state, save_checkpoint, trainable
 from posttrain.errors import PosttrainError
+from posttrain.model.safetensors_file import SafetensorsReader, write_safetensors
 
 IDS = torch.arange(24).view(2, 12)
 
@@ -104,6 +105,65 @@ def test_a_damaged_checkpoint_changes_nothing(tmp_path, file, damage):
         load_checkpoint(path, model, optimizer)
     assert all(map(torch.equal, before, state_of(model, optimizer)))
     assert torch.equal(random_before, torch.get_rng_state())
+
+
+def of_shape_3(tensors, name):
+    tensors[f"{name}.exp_avg"] = torch.zeros(3)
+
+
+def of_integers(tensors, name):
+    tensors[f"{name}.exp_avg_sq"] = tensors[f"{name}.exp_avg_sq"].int()
+
+
+def of_two_steps(tensors, name):
+    tensors[f"{name}.step"] = torch.ones(2)
+
+
+def without_a_moment(tensors, name):
+    del tensors[f"{name}.exp_avg"]
+
+
+def without_a_step(tensors, name):
+    del tensors[f"{name}.step"]
+
+
+def with_one_more(tensors, name):
+    tensors[f"{name}.max_exp_avg_sq"] = tensors[f"{name}.exp_avg"].clone()
+
+
+def empty(tensors, name):
+    tensors.clear()
+
+
+CHANGES = [of_shape_3, of_integers, of_two_steps, without_a_moment, without_a_step, with_one_more, empty]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_moments_that_the_optimizer_would_not_save_change_nothing(tmp_path, change):
+    """Its fused step reads them by the parameters' sizes, whatever their own."""
+    model, optimizer = started()
+    path = save_checkpoint(tmp_path, model, optimizer, {"step": 2})
+    with SafetensorsReader(path / "optimizer.safetensors") as file:
+        tensors = {name: file.read(name) for name in file.entries}
+    change(tensors, next(iter(trainable(model))))
+    write_safetensors(path / "optimizer.safetensors", tensors.items())
+    model, optimizer = started(steps=1, seed=4)
+    before = state_of(model, optimizer)
+    with pytest.raises(PosttrainError, match=r"optimizer\.safetensors is of another model, or damaged: .* expected .*; resume"):
+        load_checkpoint(path, model, optimizer)
+    assert all(map(torch.equal, before, state_of(model, optimizer)))
+
+
+def test_what_no_step_has_touched_has_no_moments(tmp_path):
+    model, optimizer = started(steps=0)
+    names = list(trainable(model))
+    trainable(model)[names[0]].grad = torch.ones_like(trainable(model)[names[0]])
+    optimizer.step()
+    path = save_checkpoint(tmp_path, model, optimizer, {"step": 1})
+    assert read_state(path)["untouched"] == names[1:]
+    again, its_optimizer = started(steps=2)
+    load_checkpoint(path, again, its_optimizer)
+    assert len(its_optimizer.state) == 1
 
 
 def test_another_model_is_refused(tmp_path):
