@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from .fingerprint import dense_fingerprint
 from .kernels import DoubleQuantized, QuantizedWeight, quantize_weight
+
+if TYPE_CHECKING:
+    from .model.decoder import CausalLM
 
 _quantized_linear = torch.ops.posttrain.quantized_linear.default
 _BUFFERS = ("packed", "absmax", "nested_absmax", "nested_offset")
@@ -128,6 +133,17 @@ def quantize_model(
         setattr(model.get_submodule(parent), last, QuantizedLinear.from_linear(linear, quant_type, block_size, double_quant))
         names.append(name)
     return names
+
+
+def held_as(model: CausalLM) -> dict[str, str]:
+    """How a model's weights are held, which its fingerprint does not say: a resumed run must have them so again."""
+    layers: Counter[str] = Counter()
+    for layer in model.modules():
+        if isinstance(layer, QuantizedLinear):
+            absmax = "float32" if layer.nested_absmax is None else "8 bits"
+            layers[f"{layer.weight.quant_type} in blocks of {layer.weight.block_size}, absmax {absmax}"] += 1
+    dtype = str(model.model.embed_tokens.weight.dtype).removeprefix("torch.")
+    return {"dtype": dtype, "in_4_bits": "; ".join(f"{count} layers {kind}" for kind, count in sorted(layers.items())) or "none"}
 
 
 def bits_per_parameter(model: nn.Module) -> float:

@@ -27,6 +27,7 @@ from .model.decoder import CausalLM
 from .model.eval_mode import eval_mode
 from .model.generate import check_ids
 from .preference.data import Pair, digest
+from .quantized import held_as
 from .statistics import format_p, mcnemar, wilson_interval
 from .trainer import Loss, TrainConfig, TrainResult, train
 
@@ -164,6 +165,7 @@ def train_reward_model(
         "center_rewards_coefficient": center_rewards_coefficient,
         "adapter": asdict(adapter_configs(model)[name]) if name else None,
         "base": base_fingerprint(model),
+        "held": held_as(model),
     }
     result = train(
         model,

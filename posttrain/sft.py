@@ -16,6 +16,7 @@ from .errors import PosttrainError
 from .model.decoder import CausalLM
 from .model.generate import check_ids
 from .packing import Batch, collate, pack
+from .quantized import held_as
 from .token_logprobs import completion_logprobs
 from .trained_model import attach_for_training, check_lengths, free_weights, save_trained
 from .trainer import TrainConfig, TrainResult, train
@@ -70,6 +71,7 @@ def sft(
         "rows": [packing, max_length],
         "adapter": asdict(trained) if trained else None,
         "base": base_fingerprint(model),
+        "held": held_as(model),
     }
     if trained is None:
         free_weights(model)

@@ -234,6 +234,17 @@ def test_killed_and_resumed_ends_in_the_same_bits(tmp_path):
         preference_run(tmp_path / "killed", resume=True, precompute_ref=True, preference=PreferenceConfig(beta=0.2))
 
 
+def test_a_base_held_otherwise_is_not_gone_on_with(tmp_path):
+    for block_size in (64, 128):
+        torch.manual_seed(0)
+        model = random_model(num_hidden_layers=1)
+        quantize_model(model, block_size=block_size)
+        if block_size == 64:
+            dpo(model, pairs(), settings(tmp_path, max_steps=2), LORA, quiet=True)
+    with pytest.raises(PosttrainError, match=r"another run: held\.in_4_bits was .* blocks of 64, .* blocks of 128, "):
+        dpo(model, pairs(), settings(tmp_path, max_steps=2), LORA, quiet=True, resume=True)
+
+
 def test_refusals(tmp_path):
     for options, message in (
         ({"loss_type": "dpo"}, "expected one of sigmoid"),

@@ -146,6 +146,8 @@ def test_resumed_it_ends_in_the_same_bits(tmp_path):
     for key, parameter in adapter_parameters(whole).items():
         assert torch.equal(parameter, adapter_parameters(again)[key]), key
     assert "base_model.model.score.weight" in adapter_parameters(whole)
+    with pytest.raises(PosttrainError, match=r"another run: held\.dtype was 'float32' and is 'bfloat16'"):
+        _trained(tmp_path / "b", model=random_model(num_hidden_layers=1, dtype=torch.bfloat16), resume=True)
 
 
 @torch.no_grad()

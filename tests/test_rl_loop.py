@@ -127,6 +127,10 @@ def test_another_run_is_not_resumed(tmp_path):
     practised(tmp_path, "grpo", max_steps=2)
     with pytest.raises(PosttrainError, match=r"belongs to another run: method\."):
         practised(tmp_path, "rloo", max_steps=2, resume=True)
+    torch.manual_seed(0)
+    model = random_model(num_hidden_layers=1).bfloat16()
+    with pytest.raises(PosttrainError, match=r"another run: held\.dtype was 'float32' and is 'bfloat16'"):
+        practised(tmp_path, "grpo", max_steps=2, resume=True, model=model)
     with pytest.raises(PosttrainError, match="holds checkpoint-2 of an earlier run"):
         practised(tmp_path, "grpo", max_steps=2)
 

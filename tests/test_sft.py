@@ -147,6 +147,29 @@ def test_another_run_is_not_resumed_and_not_overwritten(tmp_path):
         sft(random_model(), examples(3), settings(tmp_path, max_steps=2), LoraConfig(r=3), resume=True, quiet=True)
 
 
+def held_in(dtype=torch.bfloat16, **quantization):
+    """small_run's model, held otherwise."""
+    torch.manual_seed(0)
+    model = random_model(dtype=torch.bfloat16, num_hidden_layers=1)
+    if quantization:
+        quantize_model(model, **quantization)
+    return model.to(dtype)
+
+
+def test_a_base_held_otherwise_is_not_gone_on_with(tmp_path):
+    """Its fingerprint is the dense model's, whatever its precision."""
+    small_run(tmp_path, max_steps=2, model=held_in(quant_type="nf4"))
+    for model, changed in (
+        (held_in(), "in_4_bits was '7 layers nf4 in blocks of 64, absmax 8 bits' and is 'none'"),
+        (held_in(quant_type="fp4"), "in_4_bits was .* and is '7 layers fp4 "),
+        (held_in(quant_type="nf4", block_size=128), "in_4_bits was .* in blocks of 128"),
+        (held_in(quant_type="nf4", double_quant=False), "in_4_bits was .* and is .*, absmax float32'"),
+        (held_in(torch.float32, quant_type="nf4"), r"dtype was 'bfloat16' and is 'float32'\."),
+    ):
+        with pytest.raises(PosttrainError, match=rf"belongs to another run: held\.{changed}"):
+            small_run(tmp_path, max_steps=2, resume=True, model=model)
+
+
 def test_the_saved_adapter_is_the_trained_model(tmp_path):
     torch.manual_seed(0)
     model = random_model()

@@ -76,6 +76,8 @@ def test_an_interrupted_run_ends_in_the_same_bits(kind, tmp_path):
     assert measured == measured_again and result.steps == 4
     with pytest.raises(PosttrainError, match="belongs to another run"):
         train_draft(target(), examples(12, seed=2), KINDS[kind], settings(tmp_path / "cut"), resume=True, quiet=True)
+    with pytest.raises(PosttrainError, match=r"another run: held\.dtype was 'bfloat16' and is 'float32'"):
+        train_draft(target().float(), data, KINDS[kind], settings(tmp_path / "cut"), resume=True, quiet=True)
 
 
 @pytest.mark.parametrize(("kind", "loader"), [("medusa", load_medusa), ("eagle", load_eagle), ("eagle3", load_eagle)])

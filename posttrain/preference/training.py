@@ -12,6 +12,7 @@ from torch import Tensor
 from posttrain.adapters import active_adapter, base_fingerprint
 from posttrain.errors import PosttrainError
 from posttrain.model.decoder import CausalLM
+from posttrain.quantized import held_as
 from posttrain.trained_model import attach_for_training, check_lengths, free_weights, save_trained
 from posttrain.trainer import TrainConfig, TrainResult, train
 
@@ -59,7 +60,8 @@ def train_against_reference(
                 return measure(reference)
 
         refs = list(cached(ref_cache or Path(config.output_dir) / FILE, about, len(data), compute))
-    identity = about | settings | {"adapter": asdict(trained) if trained else None, "base": base_fingerprint(model)}
+    base = {"base": base_fingerprint(model), "held": held_as(model)}
+    identity = about | settings | base | {"adapter": asdict(trained) if trained else None}
     if trained is None:
         free_weights(model)
     items = list(zip(data, refs, strict=True))

@@ -31,6 +31,7 @@ from posttrain.model.eval_mode import eval_mode
 from posttrain.model.generate import check_ids
 from posttrain.plots import line_chart, running_mean
 from posttrain.progress import Metrics, ProgressLine, peak_memory, read_metrics
+from posttrain.quantized import held_as
 from posttrain.trained_model import attach_for_training
 from posttrain.trainer import (
     IDENTITY,
@@ -143,6 +144,7 @@ def optimize(
         "data": digest(prompts),
         "adapter": asdict(adapter_configs(model)[name]),
         "base": base_fingerprint(model),
+        "held": held_as(model),
         **(identity or {}),
     }
     optimizer = adamw(model, config)

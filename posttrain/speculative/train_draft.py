@@ -21,6 +21,7 @@ from posttrain.data import Example
 from posttrain.errors import PosttrainError
 from posttrain.model.decoder import CausalLM
 from posttrain.model.loading import save
+from posttrain.quantized import held_as
 from posttrain.sft import digest
 from posttrain.trainer import TrainConfig, TrainResult, train
 
@@ -87,7 +88,7 @@ def train_draft(
     data = compute_items(target, training, layers)
     if isinstance(module, EagleHead):
         set_scale(module, data)
-    identity = {"data": digest(examples), "draft": asdict(draft), "base": base_fingerprint(target)}
+    identity = {"data": digest(examples), "draft": asdict(draft), "base": base_fingerprint(target), "held": held_as(target)}
     run = partial(train, module, data, partial(collate, horizon=horizon), loss_sum, config)
     result = run(resume=resume, identity=identity, quiet=quiet, on_step=on_step)
     batches = _batches(compute_items(target, held_out, layers), horizon)
