@@ -16,10 +16,13 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import os
 import random
 import re
+import reprlib
 import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -66,13 +69,24 @@ def random_states() -> dict[str, Any]:
 
 
 def set_random_states(states: dict[str, Any]) -> None:
-    """Put back what `random_states` returned."""
+    """Put back what `random_states` returned. ValueError, with all as they were, for what it cannot have returned."""
+    before = random_states()
+    try:
+        _set_random_states(states)
+    except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        _set_random_states(before)
+        raise ValueError(f"its random_states are no generators' states: {type(error).__name__}: {error}") from error
+
+
+def _set_random_states(states: dict[str, Any]) -> None:
     torch.set_rng_state(_bytes(states["torch"]))
     if states["cuda"]:
         torch.cuda.set_rng_state_all([_bytes(state) for state in states["cuda"]])
     version, words, gauss = states["python"]
     random.setstate((version, tuple(words), gauss))
     key = np.array(states["numpy"]["state"]["key"], dtype=np.uint32)
+    if not 0 <= states["numpy"]["state"]["pos"] <= len(key):  # NumPy reads there unasked
+        raise ValueError(f"NumPy's position is {states['numpy']['state']['pos']}")
     np.random.set_state({**states["numpy"], "state": {**states["numpy"]["state"], "key": key}})
 
 
@@ -119,14 +133,40 @@ def keep_last(folder: str | os.PathLike, count: int) -> None:
         shutil.rmtree(path)
 
 
-def read_state(path: str | os.PathLike) -> dict[str, Any]:
-    """trainer_state.json of a checkpoint. PosttrainError where it is missing or damaged."""
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and _is_number(value)
+
+
+# What a run's state holds, by key: whether a value is one, and what that is in words.
+FORMS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "step": (_is_whole, "a whole number of at least 0"),
+    "tokens": (_is_whole, "a whole number of at least 0"),
+    "seconds": (_is_number, "a number of at least 0"),
+    "kl_coef": (_is_number, "a number of at least 0"),
+    "identity": (lambda value: isinstance(value, dict), "an object"),
+    "random_states": (lambda value: isinstance(value, dict), "an object"),
+    "untouched": (lambda value: isinstance(value, list), "a list"),
+}
+
+
+def read_state(path: str | os.PathLike, needed: Iterable[str] = ()) -> dict[str, Any]:
+    """trainer_state.json of a checkpoint. PosttrainError where it is missing, damaged, or lacks a key that is needed beside the
+    step and the random states."""
     file = Path(path) / STATE
     try:
         state = json.loads(file.read_text(encoding="utf-8"))
-        if missing := {"step", "random_states"} - set(state):
+        if not isinstance(state, dict):
+            raise ValueError(f"it holds a {type(state).__name__}; expected an object")
+        if missing := {"step", "random_states", *needed} - set(state):
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+        for key, (fits, words) in FORMS.items():
+            if key in state and not fits(state[key]):
+                raise ValueError(f"its {key} is {reprlib.repr(state[key])}; expected {words}")
+    except (OSError, ValueError, RecursionError) as error:
         raise PosttrainError(f"{file} cannot be read ({error}); resume from another checkpoint") from error
     return state
 
@@ -176,6 +216,10 @@ def load_checkpoint(path: str | os.PathLike, model: nn.Module, optimizer: torch.
         )
     touched = {name: p for name, p in parameters.items() if name not in state.get("untouched", [])}
     _check_moments(path / OPTIMIZER, moments, touched)
+    try:
+        set_random_states(state["random_states"])
+    except ValueError as error:
+        raise PosttrainError(f"{path / STATE} cannot be read ({error}); resume from another checkpoint") from error
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])
@@ -186,5 +230,4 @@ def load_checkpoint(path: str | os.PathLike, model: nn.Module, optimizer: torch.
         index[id(p)]: {entry: moments[f"{name}.{entry}"] for entry in ("step", *MOMENTS)} for name, p in touched.items()
     }
     optimizer.load_state_dict(packed)
-    set_random_states(state["random_states"])
     return state

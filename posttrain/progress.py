@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .atomic import atomic_write
+from .errors import PosttrainError
 
 
 def peak_memory(device: torch.device) -> int:
@@ -33,13 +34,25 @@ def peak_memory(device: torch.device) -> int:
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """The entries of a metrics.jsonl, up to the first that a kill left half written; none without a file."""
+    """The entries of a metrics.jsonl, up to the first that a kill left half written; none without a file. PosttrainError for a
+    line that no run has written."""
     path, entries = Path(path), []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    except UnicodeDecodeError as error:
+        raise PosttrainError(f"{path} is not UTF-8 ({error}); move it away, or take out what is not a run's") from error
+    for number, line in enumerate(lines, start=1):
         try:
-            entries.append(json.loads(line))
-        except json.JSONDecodeError:
+            entry = json.loads(line)
+        except (json.JSONDecodeError, RecursionError):
             break
+        if not isinstance(entry, dict) or type(entry.get("step")) is not int:
+            given = line if len(line) <= 60 else line[:57] + "..."
+            raise PosttrainError(
+                f"{path} line {number}: {given!r}; expected an object with a whole number as its step. Move the file away, or take "
+                "out that line"
+            )
+        entries.append(entry)
     return entries
 
 

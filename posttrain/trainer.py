@@ -256,8 +256,8 @@ def begin(folder: Path, model, optimizer, identity: dict, seed: int, resume: boo
             raise PosttrainError(f"{folder} holds {done[-1].name} of an earlier run; resume it (--resume) or give another folder")
         torch.manual_seed(seed)
         return {"step": 0, "tokens": 0, "seconds": 0.0}
-    before = read_state(done[-1]).get("identity", {})
-    if changed := _changes(before, identity):
+    before = read_state(done[-1], needed=("tokens", "seconds", "identity"))
+    if changed := _changes(before["identity"], identity):
         raise PosttrainError(f"{done[-1]} belongs to another run: {'; '.join(changed)}. Set it back, or start in another folder")
     return load_checkpoint(done[-1], model, optimizer)
 

@@ -84,7 +84,15 @@ def state_of(model, optimizer):
     return tensors + [v.clone() for entries in optimizer.state.values() for v in entries.values()]
 
 
-@pytest.mark.parametrize("content", ["[]", "{}", '{"step": 1}', "["])
+WRONG = [
+    {"step": "2"}, {"step": 2.0}, {"step": -1}, {"step": True}, {"tokens": None}, {"seconds": float("nan")}, {"identity": []},
+    {"random_states": []}, {"untouched": 1}, {"kl_coef": "0.1"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "{}", '{"step": 1}', "[", "7", *(json.dumps({"step": 2, "random_states": {}} | wrong) for wrong in WRONG)]
+)
 def test_a_state_that_is_none_is_named(tmp_path, content):
     (tmp_path / "trainer_state.json").write_text(content)
     with pytest.raises(PosttrainError, match=r"trainer_state\.json cannot be read .* resume from another checkpoint"):
@@ -164,6 +172,41 @@ def test_what_no_step_has_touched_has_no_moments(tmp_path):
     again, its_optimizer = started(steps=2)
     load_checkpoint(path, again, its_optimizer)
     assert len(its_optimizer.state) == 1
+
+
+def test_a_state_that_lacks_what_is_needed_is_named(tmp_path):
+    path = save_checkpoint(tmp_path, *started(), {"step": 2, "tokens": 3})
+    with pytest.raises(PosttrainError, match=r"trainer_state\.json cannot be read .it lacks identity, seconds"):
+        read_state(path, needed=("tokens", "seconds", "identity"))
+
+
+NUMPY = {"bit_generator": "MT19937", "has_gauss": 0, "gauss": 0.0}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"torch": "AAAA"},
+        {"torch": 5},
+        {"cuda": KeyError},
+        {"python": [3, [1, 2], None]},
+        {"python": [3, [2**40] * 625, None]},
+        {"numpy": {"bit_generator": "MT19937"}},
+        {"numpy": NUMPY | {"state": {"key": [-1] * 624, "pos": 0}}},
+        {"numpy": NUMPY | {"state": {"key": [1] * 624, "pos": 10**9}}},
+        dict.fromkeys(("torch", "cuda", "python", "numpy"), KeyError),
+    ],
+)
+def test_random_states_that_are_none_change_nothing(tmp_path, wrong):
+    path = save_checkpoint(tmp_path, *started(), {"step": 2})
+    state = json.loads((path / "trainer_state.json").read_text())
+    states = {key: value for key, value in (state["random_states"] | wrong).items() if value is not KeyError}
+    (path / "trainer_state.json").write_text(json.dumps(state | {"random_states": states}))
+    model, optimizer = started(steps=1, seed=4)
+    before, random_before = state_of(model, optimizer), checkpoint.random_states()
+    with pytest.raises(PosttrainError, match=r"trainer_state\.json cannot be read .its random_states are no .*; resume"):
+        load_checkpoint(path, model, optimizer)
+    assert all(map(torch.equal, before, state_of(model, optimizer))) and checkpoint.random_states() == random_before
 
 
 def test_another_model_is_refused(tmp_path):

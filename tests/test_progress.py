@@ -7,9 +7,11 @@ import json
 import os
 import re
 
+import pytest
 import torch
 from rich.console import Console
 
+from posttrain.errors import PosttrainError
 from posttrain.progress import Metrics, ProgressLine, peak_memory, read_metrics
 
 ENTRY = {"step": 3, "loss": 1.25, "tokens_per_second": 12345.6, "peak_memory": 3 * 2**29}
@@ -46,6 +48,18 @@ def test_metrics_keep_what_the_checkpoint_knows_of(tmp_path):
     Metrics(file, 3).add({"step": 4, "again": True})
     assert [json.loads(line) for line in file.read_text().splitlines()][2:] == [{"step": 3}, {"step": 4, "again": True}]
     assert read_metrics(tmp_path / "absent") == []
+
+
+@pytest.mark.parametrize("line", [b"{}", b"[1]", b'{"step": "3"}', b'{"step": null}', b"7"])
+def test_a_line_that_no_run_has_written_is_named(tmp_path, line):
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(b'{"step": 1}\n' + line + b"\n")
+    for read in (read_metrics, lambda path: Metrics(path, 3)):
+        with pytest.raises(PosttrainError, match=r"metrics\.jsonl line 2: .*; expected an object with a whole number as its step"):
+            read(file)
+    file.write_bytes(b'{"step": 1, "\xff": 2}\n')
+    with pytest.raises(PosttrainError, match=r"metrics\.jsonl is not UTF-8 "):
+        Metrics(file, 3)
 
 
 def test_peak_memory_sees_an_allocation():
