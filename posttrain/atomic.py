@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -97,11 +98,13 @@ def atomic_dir(path: str | os.PathLike) -> Iterator[Path]:
 
     A folder already at `path` changes places with it in one step where the system can (Linux); elsewhere it is moved
     aside first, put back if that fails, and deleted last: at every moment one whole copy exists. PosttrainError where
-    that folder is the current one.
+    that folder is the current one, or no folder but a file.
     """
     check_replaceable(path)
     path = Path(path).resolve()  # through a link to where the bytes are to be, which may be another disk
     make_folder(path.parent)
+    if path.exists() and not path.is_dir():
+        raise PosttrainError(f"{path} is a file, and a folder is to be written there; move it away, or give another path")
     with _about(path):
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     try:
@@ -125,6 +128,16 @@ def atomic_dir(path: str | os.PathLike) -> Iterator[Path]:
         _sync_folder(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sweep(folder: str | os.PathLike, names: str) -> None:
+    """Delete what a kill left half written in `folder` of what has a name that matches the regular expression `names`."""
+    for path in list(Path(folder).iterdir()) if Path(folder).is_dir() else []:
+        if re.fullmatch(rf"\.(?:{names})\.[^.]+\.tmp", path.name):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 def _exchange(a: Path, b: Path) -> bool:

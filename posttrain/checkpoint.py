@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from .adapters import active_adapter, adapter_parameters, save_adapter, saved_tensors
 from .adapters.peft_format import WEIGHTS_FILE
-from .atomic import atomic_dir
+from .atomic import atomic_dir, sweep
 from .errors import PosttrainError
 from .model.safetensors_file import SafetensorsReader, write_safetensors
 
@@ -129,8 +129,9 @@ def checkpoints(folder: str | os.PathLike) -> list[Path]:
 
 def keep_last(folder: str | os.PathLike, count: int) -> None:
     """Delete all but the last `count` checkpoints in `folder`, and what a kill left of others half written."""
-    for path in (*checkpoints(folder)[:-count], *Path(folder).glob(".checkpoint-*.tmp")):
+    for path in checkpoints(folder)[:-count]:
         shutil.rmtree(path)
+    sweep(folder, r"checkpoint-\d+")
 
 
 def _is_number(value: Any) -> bool:

@@ -37,6 +37,13 @@ def test_a_file_where_a_folder_must_be(tmp_path, write):
     assert (tmp_path / "file").read_text() == "old"
 
 
+def test_a_folder_does_not_take_a_file_s_place(tmp_path):
+    (tmp_path / "file").write_text("old")
+    with pytest.raises(PosttrainError, match="file is a file, and a folder is to be written there"), atomic_dir(tmp_path / "file"):
+        pass
+    assert (tmp_path / "file").read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
 @pytest.mark.parametrize("write", [atomic_write, atomic_dir])
 def test_a_link_is_followed_and_stays(tmp_path, write):
     (tmp_path / "disk" / "there").mkdir(parents=True)

@@ -73,6 +73,7 @@ def test_only_whole_checkpoints_count_and_the_last_are_kept(tmp_path):
     assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-9", "checkpoint-10"]
     (tmp_path / ".checkpoint-4.abc.tmp").mkdir()
     (tmp_path / ".checkpoint-4.abc.tmp" / "half").write_text("of what a kill stopped")
+    (tmp_path / ".checkpoint-5.abc.tmp").write_text("a file where a folder was expected")
     keep_last(tmp_path, 2)
     assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10"]
     assert not list(tmp_path.glob(".*"))
