@@ -44,6 +44,21 @@ def check_writable(path: str | os.PathLike) -> None:
         raise PosttrainError(f"{path} cannot be written ({error.strerror}); give a file in a folder of yours") from error
 
 
+def check_folder_writable(path: str | os.PathLike) -> None:
+    """PosttrainError where `atomic_dir` could not write `path`: to be asked before hours of work for it."""
+    try:
+        folder = Path(path).resolve()
+        if folder.exists() and not folder.is_dir():
+            raise PosttrainError(f"{path} is a file; give a folder")
+        folder = folder.parent
+        while not folder.exists():
+            folder = folder.parent
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise PosttrainError(f"{path} cannot be written ({error.strerror}); give a folder in one of yours") from error
+    check_replaceable(path)
+
+
 def check_replaceable(path: str | os.PathLike) -> None:
     """PosttrainError where `path` is the current folder or holds it: another folder would take its place, and whoever stands in
     the old one would be in a deleted one, where no relative path leads anywhere."""
@@ -110,7 +125,7 @@ def atomic_dir(path: str | os.PathLike) -> Iterator[Path]:
     try:
         yield temporary
         for file in temporary.rglob("*"):
-            if file.is_file():
+            if file.is_file() and not file.is_symlink():
                 with open(file, "rb+") as handle:
                     os.fsync(handle.fileno())
         os.chmod(temporary, 0o777 & ~_umask())

@@ -246,6 +246,23 @@ def test_a_model_is_not_written_over_the_current_folder(capsys, tmp_path, monkey
     assert (tmp_path / "here" / "q" / "tokenizer.json").is_file() and not (tmp_path / "here" / "tokenizer.json").exists()
 
 
+def test_where_no_model_can_be_written_is_told_before_the_work(capsys, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("posttrain.model.loading.load", None)
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    (tmp_path / "pipe").mkdir()
+    os.mkfifo(tmp_path / "pipe" / "there")
+    for command in (["quantize"], ["merge-adapter", "--adapter", tmp_path / "adapter"]):
+        for output, message in (
+            (tmp_path / "file" / "x", "cannot be written (Not a directory)"),
+            ("/proc/none", "cannot be written"),
+            (tmp_path / "adapter", "adapter holds an adapter (adapter_config.json)"),
+            (tmp_path / "pipe", "there is neither a file nor a folder"),
+        ):
+            assert_one_error(run(capsys, *command, "--model", "offline", "--output", output, "--force"), message)
+
+
 def test_sft_merge_quantize_evaluate_together(capsys, tmp_path) -> None:
     """A few steps of training; the adapter, the merged folder and its 4-bit copy answer as they should."""
     data, adapter = tmp_path / "train.jsonl", tmp_path / "adapter"
@@ -266,7 +283,7 @@ def test_sft_merge_quantize_evaluate_together(capsys, tmp_path) -> None:
     weights = (merged / "model.safetensors").read_bytes()
     onto_itself = ["merge-adapter", "--model", merged, "--adapter", adapter, "--output", merged, "--any-base", "--force"]
     assert_one_error(run(capsys, *onto_itself), "is the model itself")
-    assert_one_error(run(capsys, *merge, "--output", data, "--force"), "is a file; give --output a folder")
+    assert_one_error(run(capsys, *merge, "--output", data, "--force"), "is a file; give a folder")
     assert (merged / "model.safetensors").read_bytes() == weights
     assert run(capsys, *merge, "--force")[0] == 0
     code, out, _ = run(capsys, "quantize", "--model", merged, "--output", small)

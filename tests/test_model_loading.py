@@ -91,6 +91,36 @@ def test_quantizing_while_loading_equals_quantizing_after(quantize, double_quant
     assert layer.weight.block_size == 128 and layer.weight.quant_type == quantize
 
 
+def test_what_is_no_part_of_the_model_stays_as_it_is(tmp_path):
+    """Links as links: one to a folder is not copied whole, a loop has no end, and one to nothing has no bytes."""
+    folder, other = tmp_path / "model", tmp_path / "other"
+    (folder / "notes").mkdir(parents=True)
+    other.mkdir()
+    (other / "big").write_text("of somebody else")
+    (folder / "notes" / "a").write_text("mine")
+    (folder / "model-00001-of-00002.safetensors").write_text("of the model before")
+    links = {"file": other / "big", "folder": other, "loop": folder, "notes/loop": "..", "nothing": "nowhere", "self": "self"}
+    for name, target in links.items():
+        (folder / name).symlink_to(target)
+    save(random_model(), folder)
+    assert {name: os.readlink(folder / name) for name in links} == {name: str(target) for name, target in links.items()}
+    assert (folder / "notes" / "a").read_text() == "mine" and (other / "big").read_text() == "of somebody else"
+    names = {"config.json", "model.safetensors", "notes", "file", "folder", "loop", "nothing", "self"}
+    assert set(os.listdir(folder)) == names
+
+
+def test_a_model_is_not_written_beside_what_would_change_it(tmp_path):
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / name).write_text("{}")
+        with pytest.raises(PosttrainError, match=rf"holds an adapter .{name}.*give another folder, or move the adapter away"):
+            save(random_model(), tmp_path)
+        assert os.listdir(tmp_path) == [name]
+        (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(PosttrainError, match=r"pipe is neither a file nor a folder and cannot stay there"):
+        save(random_model(), tmp_path)
+
+
 def test_the_head_stays_dense(tmp_path):
     save(random_model("llama3"), tmp_path)
     model = load(tmp_path, quantize="nf4")

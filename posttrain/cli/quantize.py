@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from posttrain.atomic import check_replaceable
+from posttrain.atomic import check_folder_writable
 from posttrain.cli.common import QUANT_TYPES, resolve_model
 from posttrain.errors import PosttrainError
 
@@ -50,14 +50,15 @@ def run(args: argparse.Namespace) -> None:
 
 
 def new_folder(path: str, force: bool, source: Path) -> Path:
-    """`path`, checked before any work is done for it. PosttrainError where it cannot be replaced, or is
-    `source`, the model that is read."""
+    """`path`, checked before any work is done for it. PosttrainError where it cannot be written or replaced, is `source`, the model
+    that is read, or holds what cannot stay beside a model."""
+    from posttrain.model.checkpoint import check_kept
+
     folder = Path(path)
-    if folder.exists() and not folder.is_dir():
-        raise PosttrainError(f"{folder} is a file; give --output a folder")
+    check_folder_writable(folder)
     if folder.exists() and folder.samefile(source):
         raise PosttrainError(f"{folder} is the model itself, which would be lost; choose another --output")
-    check_replaceable(folder)
     if folder.is_dir() and any(folder.iterdir()) and not force:
         raise PosttrainError(f"{folder} exists; choose another --output, or give --force to replace it")
+    check_kept(folder)
     return folder

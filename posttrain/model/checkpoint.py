@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from .safetensors_file import Entry, SafetensorsReader, write_safetensors
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 CHAT_TEMPLATES = "additional_chat_templates"  # a folder
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json",
@@ -121,6 +123,37 @@ def copy_tokenizer(source: Path, target: Path) -> None:
             shutil.copyfile(source / name, target / name)
     if (source / CHAT_TEMPLATES).is_dir():
         shutil.copytree(source / CHAT_TEMPLATES, target / CHAT_TEMPLATES, dirs_exist_ok=True)
+
+
+def is_model_file(file: Path) -> bool:
+    """Whether a file of a model's folder is one that another model's takes the place of."""
+    return file.name in ("config.json", INDEX) or (file.name.startswith("model") and file.suffix == ".safetensors")
+
+
+def check_kept(folder: Path) -> None:
+    """PosttrainError where a model cannot be written in `folder`, whose other files stay: beside an adapter, which transformers
+    would put on it once more, or beside pipes and devices, which have no copy."""
+    if not folder.is_dir():
+        return
+    if adapter := [name for name in ADAPTER_FILES if os.path.lexists(folder / name)]:
+        raise PosttrainError(
+            f"{folder} holds an adapter ({', '.join(adapter)}), which transformers would put on the model written there; "
+            "give another folder, or move the adapter away"
+        )
+    for file in (Path(above) / name for above, _, names in os.walk(folder) for name in names):
+        if not file.is_symlink() and not file.is_file():
+            raise PosttrainError(f"{file} is neither a file nor a folder and cannot stay there; give another folder, or remove it")
+
+
+def copy_kept(source: Path, target: Path, dropped: Iterable[str] = ()) -> None:
+    """Copy to `target` what the folder `source` holds beside a model and `dropped`, links as links."""
+    for file in source.iterdir():
+        if is_model_file(file) or file.name in dropped:
+            continue
+        if file.is_dir() and not file.is_symlink():
+            shutil.copytree(file, target / file.name, symlinks=True)
+        else:
+            shutil.copy2(file, target / file.name, follow_symlinks=False)
 
 
 def write_checkpoint(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +18,7 @@ from posttrain.kernels import quantize_weight
 from posttrain.quantized import QuantizedLinear, quantizable_linears
 
 from . import bitsandbytes
-from .checkpoint import CHAT_TEMPLATES, INDEX, TOKENIZER_FILES, Checkpoint, copy_tokenizer, write_checkpoint
+from .checkpoint import CHAT_TEMPLATES, TOKENIZER_FILES, Checkpoint, check_kept, copy_kept, copy_tokenizer, write_checkpoint
 from .config import DTYPES, ModelConfig, parse_dtype
 from .decoder import CausalLM
 
@@ -97,16 +96,17 @@ def save(
 
     Quantized layers are written in bitsandbytes' format, which transformers loads. The directory appears whole or not
     at all: a full disk or a kill leaves what was there before. Files that are no part of the model (the tokenizer, say)
-    stay. tokenizer: a model's folder whose tokenizer and generation defaults are to go along.
+    stay, links as links. tokenizer: a model's folder whose tokenizer and generation defaults are to go along.
 
     Raises ValueError for a model with adapters attached: merge them, or save them as an adapter. PosttrainError where `path` is
-    a file, or the current folder.
+    a file, the current folder, or one that holds an adapter.
     """
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes is {max_shard_bytes}; expected a positive number")
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise PosttrainError(f"{path} is a file; give a folder to save the model in")
+    check_kept(path)
     groups = list(_groups(model))
     with torch.device("meta"):
         expected = set(CausalLM(model.config).state_dict())
@@ -129,13 +129,8 @@ def save(
         if tokenizer is not None:
             copy_tokenizer(Path(tokenizer), folder)
         other = () if tokenizer is None else (*TOKENIZER_FILES, CHAT_TEMPLATES)  # of the model that was here
-        for file in path.iterdir() if path.is_dir() else ():
-            if not _is_model_file(file) and file.name not in other:
-                (shutil.copytree if file.is_dir() else shutil.copy2)(file, folder / file.name)
-
-
-def _is_model_file(file: Path) -> bool:
-    return file.name in ("config.json", INDEX) or (file.name.startswith("model") and file.suffix == ".safetensors")
+        if path.is_dir():
+            copy_kept(path, folder, other)
 
 
 def _return_freed_memory() -> None:
