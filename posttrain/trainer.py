@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapters.lora_plus import parameter_groups
+from .atomic import sweep
 from .checkpoint import checkpoints, keep_last, load_checkpoint, read_state, save_checkpoint, trainable
 from .errors import PosttrainError
 from .plots import line_chart, running_mean
@@ -35,6 +36,13 @@ IDENTITY = (
     "lr_scheduler_type", "warmup_steps", "warmup_ratio", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
     "max_grad_norm", "seed", "loraplus_lr_ratio",
 )  # fmt: skip
+
+# What a run writes in its folder: of these, what a kill left half written is deleted when the run begins again. Another process's
+# at work in the folder at the same moment are not told apart: the two would write over each other in any case.
+WRITTEN = (
+    r"checkpoint-\d+|model|heads|adapter_config\.json|adapter_model\.safetensors|metrics\.jsonl|(?:loss|reward)\.svg"
+    r"|reference_logps\.safetensors"
+)
 
 LONGEST = 10**12  # steps or epochs: these are multiplied and counted in floats, and an epoch's seed in 64 bits
 
@@ -249,16 +257,19 @@ def train(
 
 def begin(folder: Path, model, optimizer, identity: dict, seed: int, resume: bool) -> dict[str, Any]:
     """The state that a run goes on from: step, tokens and seconds of 0 for a fresh one, the last checkpoint's for a resumed one,
-    whose weights, optimizer and random states are then put back. PosttrainError where that was another run."""
+    whose weights, optimizer and random states are then put back. What a kill left half written is deleted. PosttrainError where
+    that was another run."""
     done = checkpoints(folder)
     if not resume or not done:
         if done:
             raise PosttrainError(f"{folder} holds {done[-1].name} of an earlier run; resume it (--resume) or give another folder")
+        sweep(folder, WRITTEN)
         torch.manual_seed(seed)
         return {"step": 0, "tokens": 0, "seconds": 0.0}
     before = read_state(done[-1], needed=("tokens", "seconds", "identity"))
     if changed := _changes(before["identity"], identity):
         raise PosttrainError(f"{done[-1]} belongs to another run: {'; '.join(changed)}. Set it back, or start in another folder")
+    sweep(folder, WRITTEN)
     return load_checkpoint(done[-1], model, optimizer)
 
 

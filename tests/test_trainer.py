@@ -88,6 +88,23 @@ def test_loss_and_tokens_are_those_of_the_data(tmp_path):
     assert abs(entry["loss"] - plain.item()) <= 100 * torch.finfo(torch.float64).eps * plain.item()  # about 100 terms
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_what_a_kill_left_half_written_is_deleted(tmp_path, resume):
+    if resume:
+        small_run(tmp_path, max_steps=2)
+    names = ("checkpoint-4", "model", "adapter_model.safetensors", "metrics.jsonl", "loss.svg")
+    for name in names[:2]:
+        (tmp_path / f".{name}.abcd_123.tmp").mkdir()
+        (tmp_path / f".{name}.abcd_123.tmp" / "half").write_text("x")
+    for name in names[2:]:
+        (tmp_path / f".{name}.abcd_123.tmp").write_text("half")
+    others = {".notes.abcd_123.tmp", ".model.tmp", "model.abcd_123.tmp", ".model.abcd_123.old"}
+    for name in others:
+        (tmp_path / name).write_text("of somebody else")
+    small_run(tmp_path, max_steps=2, resume=resume)
+    assert {p.name for p in tmp_path.iterdir() if p.suffix in (".tmp", ".old")} == others
+
+
 def test_clipping(tmp_path):
     norms, moved = [], []
     for limit in (0.0, 1e-3):
