@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -244,6 +245,25 @@ def test_a_model_is_not_written_over_the_current_folder(capsys, tmp_path, monkey
     assert_one_error(run(capsys, "merge-adapter", *options, "--adapter", "none"), "is the current folder")
     assert run(capsys, "quantize", "--model", "offline", "--output", "q")[0] == 0
     assert (tmp_path / "here" / "q" / "tokenizer.json").is_file() and not (tmp_path / "here" / "tokenizer.json").exists()
+
+
+def test_a_full_disk_s_advice_works_for_a_run_that_has_checkpoints(capsys, tmp_path, monkeypatch) -> None:
+    from posttrain import checkpoint
+
+    data = tmp_path / "train.jsonl"
+    data.write_text('{"prompt": "the sea", "completion": " is wide"}\n')
+    command = ["sft", "--model", "offline", "--data", data, "--output", tmp_path / "o", "--max-steps", 2, "--save-steps", 1]
+    write = checkpoint.write_safetensors
+
+    def full(path, tensors):
+        if "checkpoint-2" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, tensors)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write_safetensors", full)
+        assert_one_error(run(capsys, *command), "No space left on device", "make room", "with --resume")
+    assert run(capsys, *command, "--resume")[0] == 0
 
 
 def test_where_no_model_can_be_written_is_told_before_the_work(capsys, tmp_path, monkeypatch) -> None:

@@ -101,7 +101,7 @@ def _open_streams() -> None:
 
 def _one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"{error.strerror}; what was written before is whole: make room and run the command again"
+        return f"{error.strerror}; what was written before is whole: make room and run it again (training: with --resume)"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename is not None else error.strerror
     text = " ".join(str(error).split()) or type(error).__name__
