@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from model_cases import hf_config
 
@@ -72,6 +74,13 @@ def test_closed_forms(name):
     assert trainable_parameters(shape, PrefixTuningConfig(num_virtual_tokens=n)) == 2 * n * L * K
     assert trainable_parameters(shape, PromptTuningConfig(num_virtual_tokens=n)) == n * d
     assert trainable_parameters(shape, PromptEncoderConfig(num_virtual_tokens=n)) == n * d + 3 * (d * d + d)
+
+
+def test_more_layers_than_any_model_has_are_not_built():
+    many = replace(LLAMA_3B, num_hidden_layers=1_000_000)
+    for count in (lambda: total_parameters(many), lambda: trainable_parameters(many, LoraConfig())):
+        with pytest.raises(ValueError, match="num_hidden_layers is 1000000; expected at most 1000 "):
+            count()
 
 
 def test_a_configuration_that_does_not_fit_is_refused():

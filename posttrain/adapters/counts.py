@@ -24,8 +24,13 @@ from posttrain.model.decoder import CausalLM
 
 from .interface import METHODS, check_targets
 
+MOST_LAYERS = 1000  # ten times the deepest models: each is built, since a target may be named by its layer's number
+
 
 def _on_meta(config: ModelConfig) -> CausalLM:
+    if config.num_hidden_layers > MOST_LAYERS:
+        given = f"num_hidden_layers is {config.num_hidden_layers}"
+        raise ValueError(f"{given}; expected at most {MOST_LAYERS} to count what trains in them; is config.json whole?")
     with torch.device("meta"):
         return CausalLM(config)
 
@@ -36,7 +41,8 @@ def total_parameters(config: ModelConfig) -> int:
 
 
 def trainable_parameters(config: ModelConfig, adapter: Any) -> int:
-    """Parameters that train with this adapter's configuration; None: all of the model's. ValueError where it does not fit."""
+    """Parameters that train with this adapter's configuration; None: all of the model's. ValueError where it does not fit, and for
+    more layers than any model has."""
     if adapter is None:
         return total_parameters(config)
     model, method = _on_meta(config), METHODS[type(adapter)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,6 +50,7 @@ def load(
     with Checkpoint(Path(path)) as checkpoint:
         config = ModelConfig.from_hf(checkpoint.config)
         chosen = parse_dtype(config.dtype or "bf16" if dtype == "auto" else dtype)
+        _check_layers(checkpoint, config)
         with torch.device("meta"):
             model = CausalLM(config)
         packed = bitsandbytes.packed_linears(checkpoint)
@@ -161,6 +163,16 @@ def _replace_linear(model: nn.Module, name: str, layer: QuantizedLinear) -> None
 def _ignored(name: str, config: ModelConfig) -> bool:
     """What older checkpoints carry and nobody needs: the rotary frequencies, and the tied head's second copy."""
     return name.endswith("rotary_emb.inv_freq") or (config.tie_word_embeddings and name == "lm_head.weight")
+
+
+def _check_layers(checkpoint: Checkpoint, config: ModelConfig) -> None:
+    """PosttrainError where the checkpoint has another number of layers than its configuration: before a million are built."""
+    matches = (re.match(r"model\.layers\.(\d+)\.", name) for name in checkpoint.names())
+    if (count := len({match[1] for match in matches if match})) != config.num_hidden_layers:
+        raise PosttrainError(
+            f"{checkpoint.path} does not hold the {config.architecture} that its config.json describes: num_hidden_layers is "
+            f"{config.num_hidden_layers} there, and the tensors are of {count} layers; download or save both again"
+        )
 
 
 def _check_tensors(checkpoint: Checkpoint, model: CausalLM, packed: dict[str, list[str]]) -> None:
