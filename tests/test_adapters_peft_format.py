@@ -214,6 +214,7 @@ def config_with(**changes):
         (lambda p: (p / "adapter_config.json").unlink(), "holds no adapter_config.json"),
         (lambda p: (p / "adapter_model.safetensors").write_bytes(b"\x08" * 20), "is not a whole safetensors file"),
         (lambda p: (p / "adapter_config.json").write_text("{"), "is not JSON"),
+        (lambda p: (p / "adapter_config.json").write_text("[" * 100_000), "is not JSON"),
         (lambda p: (p / "adapter_config.json").write_bytes(b"\xff"), "is not JSON in UTF-8"),
         (lambda p: (p / "adapter_config.json").write_text("[]"), "expected a JSON object"),
         (config_with(peft_type="LOHA"), "peft_type is 'LOHA'"),

@@ -100,6 +100,11 @@ def with_header(whole: bytes, header: object) -> bytes:
         ({"dtype": "F32", "shape": [3, 4]}, "malformed"),
         ({"dtype": "F8_E4M3", "shape": [48], "data_offsets": [40, 88]}, "dtype F8_E4M3; expected one of"),
         ("nonsense", "malformed"),
+        ({"dtype": "F32", "shape": [3, 4], "data_offsets": [40.0, 88.0]}, "malformed"),
+        ({"dtype": "F32", "shape": [3, 4.0], "data_offsets": [40, 88]}, "malformed"),
+        ({"dtype": "F32", "shape": [True, 12], "data_offsets": [40, 88]}, "malformed"),
+        ({"dtype": "F32", "shape": [0, 10**30], "data_offsets": [40, 40]}, "malformed"),
+        ({"dtype": "F32", "shape": [2**40, 0, 2**40], "data_offsets": [40, 40]}, "malformed"),
     ],
 )
 def test_a_header_that_lies_is_refused(tmp_path, whole_file, change, message):

@@ -150,7 +150,7 @@ def read_adapter(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Ten
             raise PosttrainError(f"{path} holds no {file}; expected a folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
     try:
         content = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PosttrainError(f"{path / CONFIG_FILE} is not JSON in UTF-8: {error}") from error
     if not isinstance(content, dict):
         raise PosttrainError(f"{path / CONFIG_FILE}: expected a JSON object, found {type(content).__name__}")

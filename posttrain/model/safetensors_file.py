@@ -89,8 +89,10 @@ class SafetensorsReader:
     def _entry(self, name: str, value: object, data: int) -> Entry:
         try:
             dtype, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]  # type: ignore[index]
+            if not all(type(n) is int for n in (*shape, begin, end)) or math.prod(n or 1 for n in shape) >= 2**60:
+                raise ValueError("expected whole numbers, and in an empty tensor too no more than torch can count")
             nbytes = math.prod(shape) * DTYPES[dtype].itemsize if dtype in DTYPES else end - begin
-            wrong = begin < 0 or end - begin != nbytes or any(not isinstance(n, int) or n < 0 for n in shape)
+            wrong = begin < 0 or end - begin != nbytes or any(n < 0 for n in shape)
         except (KeyError, TypeError, ValueError) as error:
             raise self._error(f"its entry for tensor {name} is malformed") from error
         if dtype not in DTYPES:
