@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
@@ -245,42 +244,6 @@ def test_a_model_is_not_written_over_the_current_folder(capsys, tmp_path, monkey
     assert_one_error(run(capsys, "merge-adapter", *options, "--adapter", "none"), "is the current folder")
     assert run(capsys, "quantize", "--model", "offline", "--output", "q")[0] == 0
     assert (tmp_path / "here" / "q" / "tokenizer.json").is_file() and not (tmp_path / "here" / "tokenizer.json").exists()
-
-
-def test_a_full_disk_s_advice_works_for_a_run_that_has_checkpoints(capsys, tmp_path, monkeypatch) -> None:
-    from posttrain import checkpoint
-
-    data = tmp_path / "train.jsonl"
-    data.write_text('{"prompt": "the sea", "completion": " is wide"}\n')
-    command = ["sft", "--model", "offline", "--data", data, "--output", tmp_path / "o", "--max-steps", 2, "--save-steps", 1]
-    write = checkpoint.write_safetensors
-
-    def full(path, tensors):
-        if "checkpoint-2" in str(path):
-            raise OSError(errno.ENOSPC, "No space left on device")
-        write(path, tensors)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "write_safetensors", full)
-        assert_one_error(run(capsys, *command), "No space left on device", "make room", "with --resume")
-    assert run(capsys, *command, "--resume")[0] == 0
-
-
-def test_where_no_model_can_be_written_is_told_before_the_work(capsys, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("posttrain.model.loading.load", None)
-    (tmp_path / "file").write_text("old")
-    (tmp_path / "adapter").mkdir()
-    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
-    (tmp_path / "pipe").mkdir()
-    os.mkfifo(tmp_path / "pipe" / "there")
-    for command in (["quantize"], ["merge-adapter", "--adapter", tmp_path / "adapter"]):
-        for output, message in (
-            (tmp_path / "file" / "x", "cannot be written (Not a directory)"),
-            ("/proc/none", "cannot be written"),
-            (tmp_path / "adapter", "adapter holds an adapter (adapter_config.json)"),
-            (tmp_path / "pipe", "there is neither a file nor a folder"),
-        ):
-            assert_one_error(run(capsys, *command, "--model", "offline", "--output", output, "--force"), message)
 
 
 def test_sft_merge_quantize_evaluate_together(capsys, tmp_path) -> None:

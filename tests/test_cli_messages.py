@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 
 import pytest
 from test_cli import assert_one_error, run
@@ -102,3 +104,39 @@ def test_a_model_in_4_bits_is_not_quantized_again(capsys, tmp_path) -> None:
     assert "None" not in again[2]
     loaded = run(capsys, "generate", "--model", small, "--quantize", "nf4", "--prompt", "a")
     assert_one_error(loaded, "load it as it is, without quantize")
+
+
+def test_a_full_disk_s_advice_works_for_a_run_that_has_checkpoints(capsys, tmp_path, monkeypatch) -> None:
+    from posttrain import checkpoint
+
+    data = tmp_path / "train.jsonl"
+    data.write_text('{"prompt": "the sea", "completion": " is wide"}\n')
+    command = ["sft", "--model", "offline", "--data", data, "--output", tmp_path / "o", "--max-steps", 2, "--save-steps", 1]
+    write = checkpoint.write_safetensors
+
+    def full(path, tensors):
+        if "checkpoint-2" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, tensors)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write_safetensors", full)
+        assert_one_error(run(capsys, *command), "No space left on device", "make room", "with --resume")
+    assert run(capsys, *command, "--resume")[0] == 0
+
+
+def test_where_no_model_can_be_written_is_told_before_the_work(capsys, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("posttrain.model.loading.load", None)
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    (tmp_path / "pipe").mkdir()
+    os.mkfifo(tmp_path / "pipe" / "there")
+    for command in (["quantize"], ["merge-adapter", "--adapter", tmp_path / "adapter"]):
+        for output, message in (
+            (tmp_path / "file" / "x", "cannot be written (Not a directory)"),
+            ("/proc/none", "cannot be written"),
+            (tmp_path / "adapter", "adapter holds an adapter (adapter_config.json)"),
+            (tmp_path / "pipe", "there is neither a file nor a folder"),
+        ):
+            assert_one_error(run(capsys, *command, "--model", "offline", "--output", output, "--force"), message)
