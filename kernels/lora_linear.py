@@ -293,6 +293,7 @@ def lora_linear_group(x: Tensor, layers: Sequence[Layer], *, dropout: float = 0.
     (dense, or 4-bit of one block size, type and double quantization) may not. Raises as `lora_linear`, and ValueError for
     layers of different kinds.
     """
+    layers = list(layers)
     if not layers:
         return []
     shapes = [_check(x, *layer) for layer in layers]

@@ -139,7 +139,7 @@ def test_truncation(tmp_path):
         load_preferences(file, TOKENIZER, 9)
     (end,) = load_preferences(file, TOKENIZER, 8, "keep_end")
     assert texts(end) == ("cdef", "xyz<|im_end|>", "xw<|im_end|>")  # one prompt for both
-    with pytest.raises(PosttrainError, match=":1: 4 tokens of completion leave no room for a prompt within 4"):
+    with pytest.raises(PosttrainError, match=":1: 10 tokens, and at most 4 fit; cutting the prompt is not enough"):
         load_preferences(file, TOKENIZER, 4, "keep_end")
     (start,) = load_preferences(file, TOKENIZER, 8, "keep_start")
     assert texts(start) == ("abcdef", "xy", "xw")

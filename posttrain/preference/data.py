@@ -197,8 +197,6 @@ def _fit(
     longest = max(completions, key=len)
     labels = [IGNORE_INDEX] * len(prompt) + longest
     cut = fit(Example(prompt + longest, labels), max_length, truncation, bos_id).input_ids
-    if len(cut) == len(longest):
-        raise ValueError(f"{len(longest)} tokens of completion leave no room for a prompt within {max_length}; raise max_length")
     return cut[: len(cut) - len(longest)], list(completions)
 
 
