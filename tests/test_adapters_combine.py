@@ -74,6 +74,33 @@ def test_linear_takes_as_few_dimensions_as_the_sum_has():
     assert not any(product.any() for product in base)
 
 
+@pytest.mark.parametrize("hidden_size", [64, 256])  # below the sum of the ranks, and above
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_linear_keeps_what_half_precision_adapters_hold(dtype, hidden_size):
+    model = random_model(hidden_size=hidden_size)
+    for name in ("a", "b"):
+        config = LoraConfig(r=64, target_modules=["q_proj"], init_lora_weights=False)
+        adapters.attach(model, config, name, dtype=dtype)
+    parts = [("a", 0.5), ("b", -0.3)]
+    combine(model, *zip(*parts, strict=True), "sum")
+    for layer in lora_layers(model).values():
+        assert layer.lora_A["sum"].dtype == dtype and len(layer.lora_A["sum"]) == min(128, *layer.base_layer.weight.shape)
+        exact = delta(layer, parts, torch.float64)
+        assert_as_accurate(delta(layer, [("sum", 1.0)], dtype), delta(layer, parts, dtype), exact)
+
+
+def test_what_cancels_leaves_nothing():
+    model = random_model()
+    for name in ("a", "b"):
+        adapters.attach(model, CONFIGS["a"], name)
+    ours = adapters.adapter_parameters(model, "b")
+    with torch.no_grad():
+        for key, parameter in adapters.adapter_parameters(model, "a").items():
+            ours[key].copy_(parameter)
+    combine(model, ["a", "b"], [1.0, -1.0], "sum")
+    assert all(len(layer.lora_A["sum"]) == 1 for layer in lora_layers(model).values())
+
+
 @given(N=st.integers(1, 12), K=st.integers(1, 12), R=st.integers(1, 14), data=st.data())
 def test_truncation_is_the_nearest_matrix_of_its_rank(N, K, R, data):
     """Eckart and Young: its distance is the norm of the singular values left out."""

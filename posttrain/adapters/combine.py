@@ -31,25 +31,27 @@ HOW = ("linear", "cat", "svd")
 
 
 def compress(A: Tensor, B: Tensor, r: int | None = None) -> tuple[Tensor, Tensor]:
-    """(A, B) of rank r with B A nearest to the given one (R, K), (N, R): float64. Without r, of the rank that the product has
-    where singular values below the rounding of the largest (R eps of the given dtype) count as none."""
-    eps = torch.finfo(A.dtype).eps
-    Q_B, R_B = torch.linalg.qr(B.double())
-    Q_A, R_A = torch.linalg.qr(A.double().t())
+    """(A, B) of rank r with B A nearest to the given one (R, K), (N, R): float64. Without r, of the rank that the product has:
+    singular values below the rounding of the sum, float64's eps times what its R terms measure, count as none. The factors'
+    dtype has no say: what they hold is exact, and in half precision its eps times R would be as large as the update."""
+    A, B = A.double(), B.double()
+    Q_B, R_B = torch.linalg.qr(B)
+    Q_A, R_A = torch.linalg.qr(A.t())
     U, S, Vh = torch.linalg.svd(R_B @ R_A.t(), full_matrices=False)
     if r is None:
-        r = max(1, int((S > len(A) * eps * S[:1]).sum()))
+        rounding = torch.finfo(A.dtype).eps * (A.norm(dim=1) * B.norm(dim=0)).sum()
+        r = max(1, int((S > rounding).sum()))
     root = S[:r].sqrt()
     return root[:, None] * (Vh[:r] @ Q_A.t()), (Q_B @ U[:, :r]) * root
 
 
 def _factors(layer: LoraLinear, parts: Sequence[tuple[str, float]]) -> tuple[Tensor, Tensor]:
-    """(A, B) of the weighted sum of the adapters that are on the layer."""
+    """(A, B) of the weighted sum of the adapters that are on the layer; B in float64, to be rounded once."""
     As, Bs = [], []
     for name, weight in parts:
         A, B = (factor.detach() for factor in layer.factors(name))
         As.append(A)
-        Bs.append(B * (weight * layer.scaling[name]))
+        Bs.append(B.double() * (weight * layer.scaling[name]))
     return torch.cat(As), torch.cat(Bs, 1)
 
 
