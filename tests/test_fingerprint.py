@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 from model_cases import hf_config, random_model
 
+from posttrain import adapters
+from posttrain.errors import PosttrainError
 from posttrain.fingerprint import Fingerprint, dense_fingerprint, fingerprint
 from posttrain.model import CausalLM, ModelConfig, load, save
 from posttrain.quantized import quantize_model
@@ -91,3 +94,47 @@ def test_a_model_without_a_stored_fingerprint_is_sampled_now():
     with torch.no_grad():
         model.model.norm.weight += 1
     assert fingerprint(model) != first
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        adapters.LoraConfig(r=4, init_lora_weights=False),
+        adapters.LoraConfig(r=4, init_lora_weights=False, target_modules=["q_proj"]),
+        adapters.IA3Config(init_ia3_weights=False),
+    ],
+)
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_merged_adapter_makes_another_base(tmp_path, config, quantized):
+    """Whose own adapters go on it, saved and loaded again too, and on no other."""
+    base = random_model("llama2")
+    if quantized:
+        quantize_model(base)  # with an adapter on q_proj alone the other layers stay in 4 bits
+    save(base, tmp_path / "base")
+    base = load(tmp_path / "base", dtype="fp32")
+    model = copy.deepcopy(base)
+    adapters.attach(model, config)
+    adapters.save_adapter(model, tmp_path / "first")
+    adapters.merge_and_unload(model)
+    assert fingerprint(model) != base.fingerprint
+    adapters.attach(model, config)
+    adapters.save_adapter(model, tmp_path / "second")
+    adapters.delete_adapter(model, "default")
+    save(model, tmp_path / "merged")
+    again = load(tmp_path / "merged", dtype="fp32")
+    for one, adapter in ((base, "second"), (model, "first"), (again, "first")):
+        with pytest.raises(PosttrainError, match="was trained on the base"):
+            adapters.load_adapter(one, tmp_path / adapter)
+    for one, adapter in ((base, "first"), (model, "second"), (again, "second")):
+        adapters.load_adapter(one, tmp_path / adapter)
+
+
+def test_a_merged_model_that_is_quantized_keeps_the_merged_ones(tmp_path):
+    model = random_model("llama2")
+    before = fingerprint(model)
+    adapters.attach(model, adapters.LoraConfig(r=4, init_lora_weights=False))
+    adapters.merge_and_unload(model)
+    merged = dense_fingerprint(model)
+    quantize_model(model)
+    save(model, tmp_path)
+    assert load(tmp_path).fingerprint == fingerprint(model) == merged != before

@@ -35,8 +35,9 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.errors import PosttrainError
-from posttrain.fingerprint import fingerprint
+from posttrain.fingerprint import dense_fingerprint, fingerprint
 from posttrain.model.config import ModelConfig
+from posttrain.quantized import QuantizedLinear
 
 from . import bottleneck, ia3, lora, p_tuning, prefix, prompt
 from .base_copies import without_base_copies
@@ -44,7 +45,7 @@ from .bottleneck import BottleneckConfig
 from .ia3 import IA3Config
 from .lora_config import LoraConfig
 from .p_tuning import PromptEncoderConfig
-from .peft_format import check_types, read_adapter, write_adapter
+from .peft_format import check_keys, check_types, read_adapter, write_adapter
 from .prefix import PrefixTuningConfig
 from .prompt import PromptTuningConfig
 
@@ -261,14 +262,24 @@ def unmerge(model: nn.Module) -> None:
 def merge_and_unload(model: nn.Module, name: str | None = None) -> nn.Module:
     """Replace adapted layers by dense ones with the adapter (the active one unless named) merged in; all adapters go.
 
-    Layer by layer, so that memory holds one base weight more than the result. Not undone: reload the base for that.
+    Layer by layer, so that memory holds one base weight more than the result. Not undone: reload the base for that. The
+    model is another base from then on, with a fingerprint of its own.
     """
     name = _known(model, name)
     method = _mergeable(model, name)
     unmerge(model)
     method.unload(model, name)
     model.__dict__.pop("_adapters")
+    _new_fingerprint(model)
     return model
+
+
+def _new_fingerprint(model: nn.Module) -> None:
+    """The weights are others now, and what was loaded has no say. Where some are in 4 bits the fingerprint is taken here, since
+    `save` writes it beside them; else whenever it is asked for, as of any model made in memory."""
+    if base_fingerprint(model) is not None:
+        packed = any(isinstance(module, QuantizedLinear) for module in model.modules())
+        object.__setattr__(model, "fingerprint", dense_fingerprint(model) if packed else None)
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:
@@ -349,7 +360,7 @@ def fitting(
     except ValueError as error:
         raise PosttrainError(f"the adapter in {path} does not fit this model: {error}") from error
     tensors = without_base_copies(model, tensors, expected)
-    _check_keys(path, expected, tensors)
+    check_keys(path, expected, tensors)
     return config, tensors
 
 
@@ -369,18 +380,3 @@ def _shapes_in(tensors: dict[str, Tensor], model: nn.Module, config: Any) -> dic
     expected: dict[str, tuple[int, ...]] = method.shapes(model, config)
     optional = method.optional_shapes(model, config) if hasattr(method, "optional_shapes") else {}
     return expected | optional if optional.keys() & tensors.keys() else expected
-
-
-def _check_keys(path: str | os.PathLike, expected: dict[str, tuple[int, ...]], tensors: dict[str, Tensor]) -> None:
-    problems = [f"{key} is missing" for key in expected.keys() - tensors.keys()]
-    problems += [f"{key} is of no layer that the config selects" for key in tensors.keys() - expected.keys()]
-    problems += [
-        f"{key} is {tuple(tensors[key].shape)} and the layer takes {shape}"
-        for key, shape in expected.items()
-        if key in tensors and tuple(tensors[key].shape) != shape
-    ]
-    problems += [f"{key} is {t.dtype}, expected a floating-point tensor" for key, t in tensors.items() if not t.is_floating_point()]
-    if problems:
-        shown = "; ".join(sorted(problems)[:4])
-        more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise PosttrainError(f"the adapter in {path} does not fit this model: {shown}{more}")

@@ -158,3 +158,19 @@ def read_adapter(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Ten
         tensors, metadata = {name: reader.read(name) for name in reader.entries}, reader.metadata
     tensors = _without_names(tensors, path / WEIGHTS_FILE)
     return content, tensors, metadata.get(METADATA_KEY)
+
+
+def check_keys(path: str | os.PathLike, expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]) -> None:
+    """PosttrainError naming keys, shapes and dtypes of a file that are not those expected."""
+    problems = [f"{key} is missing" for key in expected.keys() - tensors.keys()]
+    problems += [f"{key} is of no layer that the config selects" for key in tensors.keys() - expected.keys()]
+    problems += [
+        f"{key} is {tuple(tensors[key].shape)} and the layer takes {shape}"
+        for key, shape in expected.items()
+        if key in tensors and tuple(tensors[key].shape) != shape
+    ]
+    problems += [f"{key} is {t.dtype}, expected a floating-point tensor" for key, t in tensors.items() if not t.is_floating_point()]
+    if problems:
+        shown = "; ".join(sorted(problems)[:4])
+        more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise PosttrainError(f"the adapter in {path} does not fit this model: {shown}{more}")
