@@ -55,6 +55,8 @@ def test_unmerging_another_adapter_leaves_the_active_one(kind):
         adapters.set_adapter(model, "a")
         adapters.merge(model, "b")
         merged = model(IDS)
+        adapters.enable(model)  # nothing was disabled: the merged one acts, not the active one
+        assert torch.equal(model(IDS), merged)
         adapters.unmerge(model)
         assert adapters.active_adapter(model) == "a" and torch.equal(model(IDS), alone["a"])
         closest = min({"base": base, **alone}.items(), key=lambda named: (merged - named[1]).norm())

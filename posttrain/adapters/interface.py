@@ -197,7 +197,7 @@ def _set_disabled(model: nn.Module, disabled: bool) -> None:
         _not_merged(model)
     state.disabled = disabled
     if method is not None:
-        method.activate(model, None if disabled else state.active)
+        method.activate(model, None if disabled else state.merged or state.active)
 
 
 def disable(model: nn.Module) -> None:
