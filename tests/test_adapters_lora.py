@@ -230,3 +230,26 @@ def test_moves_and_dropout_with_the_model(model):
 def test_layers_that_are_none_are_named_and_not_the_targets(layers):
     with pytest.raises(ValueError, match=r"layers_to_transform=.*7.* is none of the layers that have target_modules=\['q_proj'\]"):
         adapters.attach(random_model(), LoraConfig(target_modules=["q_proj"], layers_to_transform=layers))
+
+
+def test_merging_for_good_does_not_depend_on_what_is_merged_at_present(model):
+    adapters.attach(model, RANDOM, "a")
+    adapters.attach(model, LoraConfig(r=2, target_modules=["v_proj"], init_lora_weights=False), "b")
+    twin = copy.deepcopy(model)
+    adapters.merge(model, "a")
+    adapters.merge_and_unload(model, "b")
+    assert_unchanged(adapters.merge_and_unload(twin, "b"), snapshot(model))
+    assert torch.equal(logits(model), logits(twin))
+
+
+def test_merging_for_good_that_fails_leaves_what_is_merged():
+    model = random_model("smollm2")  # with a tied head
+    adapters.attach(model, LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"], init_lora_weights=False))
+    adapters.merge(model)
+    before, merged = snapshot(model), logits(model)
+    with pytest.raises(ValueError, match="embed_tokens is tied to the head"):
+        adapters.merge_and_unload(model)
+    assert adapters.is_merged(model) and torch.equal(logits(model), merged)
+    assert_unchanged(model, before)
+    adapters.unmerge(model)
+    assert not adapters.is_merged(model)

@@ -266,9 +266,7 @@ def merge_and_unload(model: nn.Module, name: str | None = None) -> nn.Module:
     model is another base from then on, with a fingerprint of its own.
     """
     name = _known(model, name)
-    method = _mergeable(model, name)
-    unmerge(model)
-    method.unload(model, name)
+    _mergeable(model, name).unload(model, name)  # which checks first; merged layers go with those that carry them
     model.__dict__.pop("_adapters")
     _new_fingerprint(model)
     return model
