@@ -34,6 +34,7 @@ Q_V = {"target_modules": ["q_proj", "v_proj"]}
 PUBLISHED = {
     "full": (None, 3_212_749_824),
     "LoRA r=32": (LoraConfig(r=32, **Q_V), 9_175_040),
+    "LoRA r=32 after LoftQ": (LoraConfig(r=32, init_lora_weights="loftq", **Q_V), 9_175_040),
     "LoRA r=64, rank-stabilised": (LoraConfig(r=64, use_rslora=True, **Q_V), 18_350_080),
     "DoRA r=32": (LoraConfig(r=32, use_dora=True, **Q_V), 9_289_728),
     "prefix of 200": (PrefixTuningConfig(num_virtual_tokens=200), 11_468_800),

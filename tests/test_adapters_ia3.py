@@ -133,6 +133,9 @@ def test_fields():
     ):
         with pytest.raises(ValueError, match=message):
             attach(model, config)
+    attach(model, IA3Config(target_modules="ALL-LINEAR", feedforward_modules=["down_proj"]), "named")
+    assert len(adapters.adapter_configs(model)["named"].target_modules) == 7 * 3
+    adapters.delete_adapter(model, "named")
     attach(model, IA3Config(target_modules="all-linear", exclude_modules=["q_proj"]))
     found = adapters.adapter_configs(model)["default"]
     assert len(found.target_modules) == 6 * 3 and len(found.feedforward_modules) == 3

@@ -126,3 +126,7 @@ def test_dtype_names():
     for wrong in ("int8", "fp8", torch.int8, None):
         with pytest.raises(ValueError, match="fp32, float32, bf16"):
             parse_dtype(wrong)
+
+
+def test_weights_may_start_as_zeros():
+    assert ModelConfig.from_hf({**hf_config("smollm2"), "initializer_range": 0}).initializer_range == 0.0

@@ -15,6 +15,7 @@ virtual tokens (tests/test_adapters_counts.py holds the two together):
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -48,6 +49,8 @@ def trainable_parameters(config: ModelConfig, adapter: Any) -> int:
     model, method = _on_meta(config), METHODS[type(adapter)]
     adapter = method.resolve(model, adapter)
     check_targets(model, adapter)
+    if getattr(adapter, "init_lora_weights", None) == "loftq":  # quantizes values; what it adds to the tables is frozen
+        adapter = replace(adapter, init_lora_weights=True)
     with torch.device("meta"):
         method.insert(model, adapter, "default", None, None)
     return sum(parameter.numel() for parameter in method.parameters(model, "default").values())

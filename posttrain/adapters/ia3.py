@@ -54,8 +54,10 @@ class IA3Config:
             raise ValueError("target_modules is empty; expected 'all-linear', a regular expression or a list of names")
         targets, feedforward = self.target_modules, self.feedforward_modules
         check_patterns(target_modules=targets, feedforward_modules=feedforward, exclude_modules=self.exclude_modules)
-        if isinstance(targets, list) and isinstance(feedforward, list) and (extra := sorted(set(feedforward) - set(targets))):
-            raise ValueError(f"feedforward_modules {', '.join(extra)} are not among target_modules {targets}")
+        if isinstance(targets, list) and isinstance(feedforward, list):
+            # targets may be whole names, as PEFT and `resolve` write "all-linear" down, and these their ends
+            if extra := [part for part in feedforward if not any(target.endswith(part) for target in targets)]:
+                raise ValueError(f"feedforward_modules {', '.join(extra)} are not among target_modules {targets}")
 
     def to_peft(self, model: nn.Module) -> dict[str, Any]:
         """adapter_config.json's content."""
@@ -120,6 +122,10 @@ def ia3_layers(model: nn.Module) -> dict[str, IA3Linear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, IA3Linear)}
 
 
+def _everywhere(config: IA3Config) -> bool:
+    return isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
+
+
 def _bases(model: nn.Module, config: IA3Config) -> dict[str, Any]:
     """{name: linear layer} that the config selects. ValueError where it selects none, or something not linear."""
     carried = ia3_layers(model)
@@ -127,7 +133,7 @@ def _bases(model: nn.Module, config: IA3Config) -> dict[str, Any]:
     bare = {n: m.base_layer if n in carried else m for n, m in model.named_modules() if n and not n.startswith(inside)}
     linear = {n: m for n, m in bare.items() if type(m) in (nn.Linear, QuantizedLinear)}
     selection = LoraConfig(target_modules=config.target_modules, exclude_modules=config.exclude_modules)
-    everywhere = config.target_modules == "all-linear"
+    everywhere = _everywhere(config)
     chosen = {n: m for n, m in bare.items() if matches(selection, n) and (n in linear or not everywhere)}
     if not chosen:
         known = ", ".join(sorted({n.rpartition(".")[2] for n in linear})) or "there are none"
@@ -146,7 +152,7 @@ def resolve(model: nn.Module, config: IA3Config) -> IA3Config:
     """The config with "all-linear" replaced by the names of the layers it means, and the feedforward ones among the
     targets named."""
     chosen, targets = _bases(model, config), config.target_modules
-    targets = sorted(chosen) if targets == "all-linear" else targets
+    targets = sorted(chosen) if _everywhere(config) else targets
     feedforward = config.feedforward_modules
     if feedforward is None:
         feedforward = ["down_proj"] if isinstance(targets, str) else [t for t in targets if t.endswith("down_proj")]

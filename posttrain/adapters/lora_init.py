@@ -47,14 +47,14 @@ def dense_weight(base: nn.Linear | QuantizedLinear) -> Tensor:
 
 
 def _largest(W: Tensor, r: int, scaling: float, iterations: int | None = None) -> tuple[Tensor, Tensor]:
-    """(A, B) with scaling B A the nearest matrix of rank r to W, its singular values shared equally."""
+    """(A, B) with scaling B A the nearest matrix of rank r to W, its singular values shared equally; B has the scaling's sign."""
     if iterations is None:
         U, S, Vh = torch.linalg.svd(W, full_matrices=False)
     else:
         U, S, V = torch.svd_lowrank(W, r, niter=iterations)
         Vh = V.t()
-    root = (S[:r] / scaling).sqrt()
-    return root[:, None] * Vh[:r], U[:, :r] * root
+    root = (S[:r] / abs(scaling)).sqrt()
+    return root[:, None] * Vh[:r], U[:, :r] * math.copysign(1.0, scaling) * root
 
 
 def _olora(W: Tensor, r: int) -> tuple[Tensor, Tensor]:

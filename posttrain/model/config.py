@@ -120,7 +120,7 @@ class ModelConfig:
             sliding_window=window,
             layer_types=layer_types,
             rope=RopeConfig.from_hf({**config, "max_position_embeddings": given["max_position_embeddings"]}),
-            initializer_range=positive_number("initializer_range", given.get("initializer_range", 0.02)),
+            initializer_range=_spread(given.get("initializer_range", 0.02)),
             bos_token_id=_token_id("bos_token_id", given.get("bos_token_id")),
             eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
             pad_token_id=_token_id("pad_token_id", given.get("pad_token_id")),
@@ -162,6 +162,11 @@ def _positive_int(key: str, value: Any) -> int:
     if value > LARGEST:
         raise ValueError(f"config.json: {key} is {value}; expected at most {LARGEST}: no model has such a size")
     return value
+
+
+def _spread(value: Any) -> float:
+    """initializer_range; 0 is one, of a model that starts with zeros."""
+    return 0.0 if value == 0 and not isinstance(value, bool) else positive_number("initializer_range", value)
 
 
 def _boolean(key: str, config: dict[str, Any]) -> bool:
