@@ -108,11 +108,11 @@ def _bases(model: nn.Module, config: LoraConfig) -> dict[str, Any]:
 
 
 def _biased(model: nn.Module, config: LoraConfig) -> dict[str, Any]:
-    """{name: linear layer} without an update whose bias the config trains."""
+    """{name: linear layer} without an update whose bias the config trains. (In a module that trains whole, the copy's does.)"""
     if config.bias != "all":
         return {}
-    skip = {*target_layers(model, config), *modules_to_save(model, config)}
-    found = {n: _base(m) for n, m in _everything(model).items() if n not in skip}
+    skip, whole = target_layers(model, config), tuple(f"{n}." for n in modules_to_save(model, config))
+    found = {n: _base(m) for n, m in _everything(model).items() if n not in skip and not f"{n}.".startswith(whole)}
     found = {n: m for n, m in found.items() if isinstance(getattr(m, "bias", None), Tensor)}
     if wrong := [n for n, m in found.items() if type(m) not in LINEAR]:
         raise ValueError(
