@@ -121,6 +121,35 @@ def test_a_trained_copy_that_is_there_twice_must_be_one(tmp_path):
         load_adapter(model, tmp_path)
 
 
+def test_biases_of_a_module_that_trains_whole_are_the_bases_and_the_copys(tmp_path):
+    """As PEFT writes them with bias="all", whatever the adapter's name was."""
+    config = LoraConfig(r=2, bias="all", target_modules=["q_proj"], modules_to_save=["mlp", "o_proj"])
+    model, file = adapted(tmp_path, "llama_biases", config=config)
+    good, mlp, o_proj = load_file(file), "base_model.model.model.layers.1.mlp", "base_model.model.model.layers.1.self_attn.o_proj"
+    trained = {key: good[key] + 1 for key in (f"{mlp}.up_proj.bias", f"{o_proj}.bias")}
+    layer = model.model.layers[1]
+    copies = {
+        f"{mlp}.original_module.up_proj.bias": layer.mlp.up_proj.bias.detach(),
+        f"{o_proj}.original_module.bias": layer.self_attn.o_proj.bias.detach(),
+        f"{mlp}.modules_to_save.mine.up_proj.bias": trained[f"{mlp}.up_proj.bias"].clone(),
+        f"{o_proj}.modules_to_save.mine.bias": trained[f"{o_proj}.bias"].clone(),
+        f"{o_proj}.modules_to_save.bias": trained[f"{o_proj}.bias"].clone(),
+    }
+    save_file({**good, **trained, **copies}, file)
+    load_adapter(model, tmp_path)
+    load_adapter(model, tmp_path, "beside_another")
+    for name in ("default", "beside_another"):
+        assert torch.equal(adapters.adapter_parameters(model, name)[f"{mlp}.up_proj.bias"], trained[f"{mlp}.up_proj.bias"])
+    for name in ("default", "beside_another"):
+        adapters.delete_adapter(model, name)
+    before = snapshot(model)
+    for key, tensor in copies.items():
+        save_file({**good, **trained, **copies, key: tensor + 1}, file)
+        with pytest.raises(PosttrainError, match=f"brings another {key.removeprefix('base_model.model.')} than this model has"):
+            load_adapter(model, tmp_path)
+        assert_unchanged(model, before)
+
+
 def test_an_adapter_on_a_tied_head_is_refused_with_the_reason(tmp_path):
     model, file = adapted(tmp_path, "smollm2", ("q_proj",))
     add(file, **{f"{HEAD}lora_A.weight": torch.zeros(2, 64), f"{HEAD}lora_B.weight": torch.zeros(97, 2)})

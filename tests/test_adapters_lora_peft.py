@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import warnings
 
 import pytest
@@ -28,6 +29,8 @@ FORMS = {
     "lora_bias": ("llama_biases", {"lora_bias": True, "target_modules": ["q_proj", "down_proj"]}),
     "bias_lora_only": ("llama_biases", {"bias": "lora_only", "target_modules": ["q_proj", "down_proj"]}),
     "bias_all": ("llama_biases", {"bias": "all", "target_modules": ["q_proj", "down_proj"]}),
+    "bias_all_and_whole_modules": ("llama_biases", {"bias": "all", "modules_to_save": ["mlp"], "target_modules": ["q_proj"]}),
+    "bias_all_and_whole_layers": ("llama_biases", {"bias": "all", "modules_to_save": ["o_proj"], "target_modules": ["q_proj"]}),
     "bias_where_there_is_none": ("smollm2", {"bias": "all", "target_modules": ["q_proj"]}),
     "head": ("llama2", {"modules_to_save": ["lm_head"], "target_modules": ["q_proj"]}),
     "head_and_embeddings": ("llama2", {"modules_to_save": ["lm_head", "embed_tokens"], "target_modules": ["q_proj"]}),
@@ -111,7 +114,8 @@ def test_we_load_pefts(tmp_path, form):
     assert sum(p.numel() for p in adapters.adapter_parameters(model).values()) == sum(p.numel() for p in trained)
     save_adapter(model, tmp_path / "again")
     theirs, ours = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path, tmp_path / "again"))
-    theirs = {key: tensor for key, tensor in theirs.items() if not key.endswith("embed_tokens.base_layer.weight")}
+    beside = re.compile(r".*(embed_tokens\.base_layer\.weight|\.(original_module|modules_to_save)\..*bias)")  # copies of others
+    theirs = {key: tensor for key, tensor in theirs.items() if not beside.fullmatch(key)}
     assert theirs.keys() == ours.keys() and all(torch.equal(tensor, ours[key]) for key, tensor in theirs.items())
     adapters.delete_adapter(model, "default")
     assert_unchanged(model, snapshot(bare))
@@ -206,6 +210,16 @@ def test_refused_modules_change_nothing(name, settings, message):
     before = snapshot(model)
     with pytest.raises(ValueError, match=message):
         attach(model, LoraConfig(r=2, **settings))
+    assert_unchanged(model, before)
+
+
+def test_biases_inside_a_module_that_trains_whole_are_its_copys():
+    model = random_model("llama_biases")
+    before = snapshot(model)
+    attach(model, LoraConfig(r=4, bias="all", modules_to_save=["mlp"], target_modules=["q_proj"]))
+    assert set(saved_modules(model)) == {f"model.layers.{i}.mlp" for i in range(3)}
+    assert not any(".mlp." in name for name in lora_layers(model))
+    adapters.delete_adapter(model, "default")
     assert_unchanged(model, before)
 
 

@@ -1,4 +1,4 @@
-"""The base's own embedding and head, whole, in an adapter's file.
+"""The base's own embedding and head, whole, and biases of modules that train whole, in an adapter's file.
 
 PEFT writes them where an adapter is on one of the two, and everywhere with save_embedding_layers=True, so that a vocabulary
 that was resized comes along:
@@ -8,8 +8,15 @@ that was resized comes along:
     base_model.model.lm_head.original_module.weight    beside a copy that trains whole
     base_model.model.lm_head.modules_to_save.weight    that copy once more
 
-and with prompt tuning `embed_tokens.weight` and `base_model.lm_head.weight`. They are no part of what acts here: each must be
-what this model has already, and is then left out. PEFT puts them into the model whatever they are.
+and with prompt tuning `embed_tokens.weight` and `base_model.lm_head.weight`. With bias="all" it writes every bias that it has,
+and so those of a module that trains whole twice more:
+
+    base_model.model.<mlp>.down_proj.bias                            the trained copy's
+    base_model.model.<mlp>.original_module.down_proj.bias            beside it
+    base_model.model.<mlp>.modules_to_save.default.down_proj.bias    that copy's once more, under the adapter's name
+
+They are no part of what acts here: each must be what this model or the file has already, and is then left out. PEFT puts them
+into the model whatever they are.
 """
 
 from __future__ import annotations
@@ -28,6 +35,8 @@ from .peft_format import PREFIX
 
 _COPY = re.compile(r"(?:.*\.)?(embed_tokens|lm_head)(\.base_layer|\.original_module|\.modules_to_save)?\.weight")
 
+_BIAS = re.compile(r"(.*)\.(original_module|modules_to_save)((?:\.[^.]+)*)\.bias")
+
 
 def without_base_copies(model: nn.Module, tensors: dict[str, Tensor], expected: Collection[str]) -> dict[str, Tensor]:
     """A file's tensors but the copies of the base's among them, `expected` being the keys of the adapter's own.
@@ -37,10 +46,12 @@ def without_base_copies(model: nn.Module, tensors: dict[str, Tensor], expected: 
     layers = _layers(model)
     kept = dict(tensors)
     for key in sorted(tensors.keys() - expected):
-        match = _COPY.fullmatch(key)
+        match, bias = _COPY.fullmatch(key), None
         again = key.replace(".modules_to_save.", ".")
         if match and again in expected and again != key:
             same = again in tensors and torch.equal(tensors[key], tensors[again])
+        elif (bias := _bias(model, key, tensors, expected)) is not None:
+            same = _is_copy(tensors[key], bias)
         else:
             same = match is not None and match[1] in layers and _is_copy(tensors[key], layers[match[1]].weight)
         if same:
@@ -50,7 +61,7 @@ def without_base_copies(model: nn.Module, tensors: dict[str, Tensor], expected: 
                 f"the adapter holds {key}, and this model's head is tied to model.embed_tokens, which has no adapter for it; "
                 "load it on a base with a head of its own (lm_head.weight in its files, tie_word_embeddings false)"
             )
-        elif match and match[1] in layers:
+        elif bias is not None or (match and match[1] in layers):
             raise PosttrainError(
                 f"the adapter brings another {key.removeprefix(PREFIX)} than this model has, {tuple(tensors[key].shape)}: it was "
                 "trained on another base, or resized the vocabulary; load it on the base that it was trained on"
@@ -69,12 +80,32 @@ def _layers(model: nn.Module) -> dict[str, Any]:
     for name, module in model.named_modules():
         last = name.rpartition(".")[2]
         if last in ("embed_tokens", "lm_head"):
-            layer: Any = module
-            while (inner := getattr(layer, "base_layer", getattr(layer, "original_module", None))) is not None:
-                layer = inner
-            found[last] = layer
+            found[last] = _bare(module)
     if is_tied(model) and "embed_tokens" in found:
         found["lm_head"] = found["embed_tokens"]
+    return found
+
+
+def _bare(layer: Any) -> Any:
+    """The base's own layer under whatever is on it."""
+    while (inner := getattr(layer, "base_layer", getattr(layer, "original_module", None))) is not None:
+        layer = inner
+    return layer
+
+
+def _bias(model: nn.Module, key: str, tensors: dict[str, Tensor], expected: Collection[str]) -> Tensor | None:
+    """What a bias beside that of a module that trains whole must be: the base's, or the trained one. None for another key."""
+    match = _BIAS.fullmatch(key)
+    if match is None:
+        return None
+    module, kind, layer = match.groups()
+    named = re.sub(r"^\.[^.]+", "", layer) if kind == "modules_to_save" else layer
+    trained = next((k for k in (f"{module}{layer}.bias", f"{module}{named}.bias") if k in expected and k in tensors), None)
+    if trained is None or kind == "modules_to_save":
+        return trained and tensors[trained]
+    found: Any = model
+    for part in trained.removeprefix(PREFIX).split("."):
+        found = getattr(_bare(found), part)
     return found
 
 
