@@ -102,7 +102,7 @@ def _bias(model: nn.Module, key: str, tensors: dict[str, Tensor], expected: Coll
     named = re.sub(r"^\.[^.]+", "", layer) if kind == "modules_to_save" else layer
     trained = next((k for k in (f"{module}{layer}.bias", f"{module}{named}.bias") if k in expected and k in tensors), None)
     if trained is None or kind == "modules_to_save":
-        return trained and tensors[trained]
+        return None if trained is None else tensors[trained]
     found: Any = model
     for part in trained.removeprefix(PREFIX).split("."):
         found = getattr(_bare(found), part)
