@@ -7,11 +7,13 @@ import types
 import pytest
 import torch
 from model_cases import random_model
+from test_adapters_virtual_tokens import WORDS, after_words, models
+from tolerance import assert_as_accurate
 from virtual_peers import assert_learns, check_peft_loads_ours, check_we_load_pefts
 
 from posttrain import adapters, offline
 from posttrain.adapters import PromptTuningConfig, attach, prompt, virtual_tokens
-from posttrain.model import ModelConfig, load
+from posttrain.model import KVCache, ModelConfig, generate, load
 from posttrain.model.tokenizer import Tokenizer
 
 TEXT = "Is this review positive?"
@@ -95,8 +97,29 @@ def test_learns(tmp_path):
     assert_learns(tmp_path, PromptTuningConfig(**from_text(8)), 0.03)
 
 
+@torch.no_grad()
+def test_dynamic_scaling_stretches_a_prompt_with_its_row():
+    """Past the 16 trained positions every row's frequencies go by its own length, its virtual tokens' included."""
+    base, model, wide = models("prompt", "llama_dynamic")
+    rows = [torch.randint(0, 97, (1, n)) for n in (20, 13, 4)]
+    plain, exact = ([after_words(m, row)[0] for row in rows] for m in (base, wide))
+    ids, mask = torch.zeros(3, 20, dtype=torch.int64), torch.zeros(3, 20, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        ids[i, 20 - row.shape[1] :], mask[i, 20 - row.shape[1] :] = row, True
+    cache = KVCache(model.config, 3, 20, torch.float32)
+    model(ids[:, -2:], cache=cache)
+    cache.length = 0  # what is read next is longer
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    for given in ({}, {"position_ids": positions}, {"cache": cache}):
+        assert_as_accurate(model(ids, attention_mask=mask, **given)[mask], torch.cat(plain), torch.cat(exact))
+    for row, one, two in zip(rows, plain, exact, strict=True):
+        assert_as_accurate(model(row)[0], one, two)
+    prompts = [row[0].tolist() for row in rows]
+    assert generate(model, prompts, 4) == generate(base, [WORDS + prompt for prompt in prompts], 4)
+
+
 @pytest.mark.peers
-@pytest.mark.parametrize("name", ["smollm2", "qwen2"])
+@pytest.mark.parametrize("name", ["smollm2", "qwen2", "llama_dynamic"])
 def test_peft_loads_ours(tmp_path, name):
     check_peft_loads_ours(tmp_path, name, PromptTuningConfig(5))
 

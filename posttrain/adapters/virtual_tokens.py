@@ -16,6 +16,7 @@ embeddings come from one row through the layers, whatever the batch. docs/math/v
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, TypeVar
 
@@ -153,10 +154,12 @@ class VirtualTokens(nn.Module):
         """prompt_embeddings (P, width), differentiable."""
         return self.prompt_embeddings if self.encoder is None else self.encoder()
 
-    def forward(self, model: Any) -> Prefix:
-        """Keys and values that `model`'s rows see."""
+    def forward(self, model: Any, lengths: Sequence[int] = (0,)) -> Prefix:
+        """Keys and values that `model`'s rows see. lengths: as in `CausalLM.prefix`."""
         vectors = self.embeddings().to(model.model.embed_tokens.weight.dtype)
-        return model.prefix(vectors) if self.kv_heads is None else unpack(vectors, self.kv_heads, model.config.head_dim)
+        if self.kv_heads is not None:
+            return unpack(vectors, self.kv_heads, model.config.head_dim)
+        return model.prefix(vectors, lengths)
 
 
 def unpack(prompt_embeddings: Tensor, kv_heads: int, head_dim: int) -> Prefix:

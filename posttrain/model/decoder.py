@@ -6,6 +6,7 @@ tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -160,7 +161,7 @@ class VirtualTokens(Protocol):
 
     num_virtual_tokens: int
 
-    def __call__(self, model: CausalLM) -> Prefix: ...
+    def __call__(self, model: CausalLM, lengths: Sequence[int]) -> Prefix: ...
 
 
 class CausalLM(nn.Module):
@@ -233,7 +234,7 @@ class CausalLM(nn.Module):
             if self.virtual is not None or not all(map(segments.fits, self.config.windows)):
                 tree_mask = segments.mask()
                 segments = None
-        seen = self._seen(B, T, segment_ids, attention_mask, cache)
+        seen = self._seen(B, T, position_ids, segment_ids, attention_mask, cache)
         past = 0 if seen is None else seen.filled
         valid = attention_mask
         if cache is not None:
@@ -265,33 +266,57 @@ class CausalLM(nn.Module):
             cache.advance(T)
         return self.model.norm(x)
 
-    def prefix(self, embeddings: Tensor) -> Prefix:
+    def prefix(self, embeddings: Tensor, lengths: Sequence[int] = (0,)) -> Prefix:
         """Keys and values, in every layer, of P virtual tokens given by their embeddings (P, D); differentiable.
 
-        Virtual tokens see only each other, so one row of them serves every row of a batch.
+        Virtual tokens see only each other, so one row of them serves every row of a batch; but dynamic scaling goes by the
+        length of the sequence that they begin. lengths: one for each row, or one for all, virtual tokens included.
         """
-        x, recorder = embeddings[None], Recorder()
-        rope = self._rope.at(0, len(embeddings), x.device, x.dtype)
+        x, recorder = embeddings.expand(len(lengths), -1, -1), Recorder()
+        ropes = [self._rope.at(0, len(embeddings), x.device, x.dtype, length) for length in lengths]
+        rope = torch.cat([cos for cos, _ in ropes]), torch.cat([sin for _, sin in ropes])
         masks = self._masks(0, len(embeddings), None, None, x)
         for layer, window in zip(self.model.layers, self.config.windows, strict=True):
             x = layer(x, rope, masks[window], recorder)
         return Prefix(recorder.layers)
 
     def _seen(
-        self, B: int, T: int, segment_ids: Tensor | None, attention_mask: Tensor | None, cache: KVCache | None
+        self,
+        B: int,
+        T: int,
+        position_ids: Tensor | None,
+        segment_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        cache: KVCache | None,
     ) -> KVCache | Prefix | None:
         """What T new tokens of B rows see beside each other: the cache, with room for them, or the virtual tokens."""
         if cache is None:
-            return None if self.virtual is None else self.virtual(self)
+            return self._virtual_prefix(T, position_ids, attention_mask)
         if segment_ids is not None:
             raise ValueError("segment_ids are for packed training batches; they cannot be used together with a cache")
         if cache.batch_size != B:
             raise ValueError(f"input_ids have {B} rows and the cache {cache.batch_size}")
-        if cache.virtual is not self.virtual:
-            cache.begin(self.virtual, None if self.virtual is None or cache.length else self.virtual(self))
+        again = self.virtual is not None and not cache.length and self.config.rope.rope_type == "dynamic"
+        if cache.virtual is not self.virtual or again:
+            cache.begin(self.virtual, None if cache.length else self._virtual_prefix(T, position_ids, attention_mask))
         cache.reserve(T)
         cache.mark(T, attention_mask)
         return cache
+
+    def _virtual_prefix(self, T: int, position_ids: Tensor | None, attention_mask: Tensor | None) -> Prefix | None:
+        """The virtual tokens, where there are any, before rows of T tokens."""
+        if self.virtual is None:
+            return None
+        if self.config.rope.rope_type != "dynamic":
+            return self.virtual(self, (0,))
+        lengths = [T]
+        if position_ids is not None:
+            lengths = (position_ids.amax(1) + 1).tolist()
+        elif attention_mask is not None:
+            lengths = attention_mask.sum(1).tolist()
+        trained = self.config.max_position_embeddings  # up to here nothing is stretched
+        lengths = [max(self.virtual.num_virtual_tokens + length, trained) for length in lengths]
+        return self.virtual(self, lengths if len(set(lengths)) > 1 else lengths[:1])
 
     @staticmethod
     def _places(

@@ -172,11 +172,15 @@ class RotaryTable:
             self._tables[device, dtype] = table
         return table
 
-    def at(self, start: int, count: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and signed sin (1, count, 1, head_dim) for positions start .. start + count - 1."""
+    def at(self, start: int, count: int, device: torch.device, dtype: torch.dtype, length: int = 0) -> tuple[Tensor, Tensor]:
+        """cos and signed sin (1, count, 1, head_dim) for positions start .. start + count - 1.
+
+        length: of the whole sequence, where more tokens follow; dynamic scaling goes by it.
+        """
         end = start + count
-        if self.rope.rope_type == "dynamic" and end > self.max_position:
-            cos, sin = self._compute(torch.arange(start, end, device=device), end, dtype)
+        length = max(length, end)
+        if self.rope.rope_type == "dynamic" and length > self.max_position:
+            cos, sin = self._compute(torch.arange(start, end, device=device), length, dtype)
         else:
             cos, sin = self._table(end, device, dtype)
             cos, sin = cos[start:end], sin[start:end]
