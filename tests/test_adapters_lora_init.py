@@ -269,3 +269,16 @@ def test_a_file_may_hold_a_rank_above_the_layers(model, tmp_path):
     config.write_text(json.dumps({**json.loads(config.read_text()), "r": 64}))
     load_adapter(model, tmp_path)
     assert_as_accurate(logits(model), expected, logits(wide(model)))
+
+
+def test_no_adapter_comes_to_a_base_that_loftq_made():
+    """Its file could name no base that it fits."""
+    model = random_model("qwen2")
+    before = adapters.base_fingerprint(model)
+    adapters.attach(model, LoraConfig(r=2, init_lora_weights="loftq", loftq_config={"loftq_iter": 2}), "a")
+    assert adapters.base_fingerprint(model) == before  # the file holds what makes that base of this one
+    with pytest.raises(ValueError, match="adapter 'a' brought the base that LoftQ quantized"):
+        adapters.attach(model, LoraConfig(r=2), "b")
+    assert adapters.adapter_names(model) == ["a"]
+    adapters.delete_adapter(model, "a")
+    assert adapters.base_fingerprint(model) != before

@@ -130,6 +130,11 @@ def _check_new(model: nn.Module, config: Any, name: str, dtype: torch.dtype | No
         raise ValueError(
             f"the model's adapters are of {kind}, and this one is of {type(config).__name__}; delete_adapter those first"
         )
+    if alone := [other for other, config in adapter_configs(model).items() if getattr(config, "own_base", False)]:
+        raise ValueError(
+            f"adapter {alone[0]!r} brought the base that LoftQ quantized with it in several steps, and the file of another adapter "
+            "could not name that base: train one alone, or on quantize_model's base with loftq_iter=1"
+        )
     _not_merged(model)
 
 
@@ -285,8 +290,11 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     _known(model, name)
     _not_merged(model)
     state = _state(model)
-    _method(state.configs.pop(name)).remove(model, name)
+    config = state.configs.pop(name)
+    _method(config).remove(model, name)
     _use(model, None if state.active == name else state.active)
+    if getattr(config, "own_base", False):  # it stays
+        _new_fingerprint(model)
 
 
 def base_fingerprint(model: nn.Module) -> str | None:
