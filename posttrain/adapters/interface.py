@@ -12,7 +12,7 @@ most one acts. Each method is a module with the same functions, found in METHODS
     insert(model, config, name, dtype, tensors) -> places     tensors by the file's keys, or None: initial values
     parameters(model, name) -> {key: Parameter}               what trains
     activate(model, name | None)              that adapter acts, no other; None: the base alone
-    remove(model, name)                       the last one leaves the model as it was
+    remove(model, name)                       the last one gives the model its own layers back, still frozen
 and where they make sense
     saved(model, name) -> {key: Tensor}       what goes to the file where that is not what trains
     optional_shapes(model, config)            of tensors that a file may hold besides, all of them or none
